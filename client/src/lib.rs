@@ -30,6 +30,7 @@
 //!
 //! [`Builder`] has the retry settings. `docs/client.md` explains which responses are retried, and
 //! why.
+#![warn(missing_docs)]
 
 mod budget;
 mod client;

@@ -14,10 +14,12 @@ pub struct Stop(watch::Sender<bool>);
 pub struct Stopping(watch::Receiver<bool>);
 
 impl Stop {
+    /// Creates the signal, not yet set.
     pub fn new() -> Self {
         Stop(watch::Sender::new(false))
     }
 
+    /// A handle for a loop to check or to wait for the signal.
     pub fn stopping(&self) -> Stopping {
         Stopping(self.0.subscribe())
     }
@@ -35,6 +37,7 @@ impl Default for Stop {
 }
 
 impl Stopping {
+    /// Whether the signal is set. Does not wait.
     pub fn is_stopping(&self) -> bool {
         *self.0.borrow()
     }
@@ -60,6 +63,7 @@ pub struct TaskGroup {
 }
 
 impl TaskGroup {
+    /// The stop signal of the group, for its tasks.
     pub fn stopping(&self) -> Stopping {
         self.stop.stopping()
     }

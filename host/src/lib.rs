@@ -2,6 +2,7 @@
 //!
 //! The list below is the map of the host, top layer first. An empty line separates two layers. A
 //! module imports modules of lower layers only. The tidy test reads this list and checks that rule.
+#![warn(missing_docs)]
 
 /// The command line: one file per command.
 pub mod cli;

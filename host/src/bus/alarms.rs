@@ -31,7 +31,9 @@ pub struct AlarmConsumer {
 pub struct AlarmMessage {
     /// Stable over all delivery attempts of this alarm.
     pub id: String,
+    /// The JSON of the alarm, as published.
     pub body: Bytes,
+    /// When the stream stored the alarm.
     pub stored_at: Timestamp,
     /// Number of deliveries, this one included.
     pub delivered: u32,

@@ -36,6 +36,7 @@ pub struct Feed {
 /// An event of a feed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FeedEvent {
+    /// The body of a new message.
     Message(Bytes),
     /// Messages may have been missed.
     Gap,

@@ -31,6 +31,7 @@ pub struct OtherInstallation {
     pub resource: String,
     /// The id of the other installation.
     pub owner_id: String,
+    /// The id of this installation.
     pub own_id: String,
 }
 

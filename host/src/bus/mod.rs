@@ -142,6 +142,7 @@ impl Bus {
         self.client.max_payload()
     }
 
+    /// Whether the client is connected to NATS, according to its last known state.
     pub fn is_connected(&self) -> bool {
         // The counter's sender lives as long as the client's own tasks; without them the state is
         // stale.

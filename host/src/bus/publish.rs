@@ -25,17 +25,22 @@ const IN_FLIGHT_MAX: usize = 1_000;
 /// A message to publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutgoingMessage {
+    /// The subject to publish to, without wildcards.
     pub subject: String,
+    /// The headers besides `Nats-Msg-Id`, in order.
     pub headers: Headers,
     /// Sent as `Nats-Msg-Id`: within its dedupe window the stream stores a known id only once.
     pub id: String,
+    /// The payload, published unchanged.
     pub body: Bytes,
 }
 
 /// The position at which a message is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PublishAck {
+    /// The name of the stream that stored the message.
     pub stream: String,
+    /// The sequence on that stream; for a duplicate, that of the stored message.
     pub sequence: u64,
     /// The message was already stored.
     pub duplicate: bool,
@@ -86,6 +91,7 @@ impl std::fmt::Display for PublishError {
 
 impl Error for PublishError {}
 
+/// The result of publishing one message.
 pub type PublishResult = Result<PublishAck, PublishError>;
 
 /// The maximum age of the cached stream list when a subject without responders is looked up.

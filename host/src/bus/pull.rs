@@ -53,6 +53,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 /// The subjects to consume, and the durable consumer that holds the position.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subscription {
+    /// The name of the stream to consume.
     pub stream: String,
     /// The durable consumer's name.
     pub durable: String,
@@ -62,6 +63,7 @@ pub struct Subscription {
     pub ack_wait: Duration,
     /// How many messages may be unacknowledged at once, over all hosts.
     pub max_ack_pending: i64,
+    /// Metadata stored with the consumer, such as the worker's name.
     pub metadata: HashMap<String, String>,
 }
 
@@ -104,12 +106,15 @@ struct Request {
 
 /// A delivered message with its receipt.
 pub struct DeliveredMessage {
+    /// The message for the worker.
     pub message: Message,
     /// Why no worker can handle the message as it is; its event id is then derived from its
     /// position.
     pub unusable: Option<(Reason, String)>,
     /// Number of deliveries, this one included.
     pub delivered: u64,
+    /// Settles the message. An unsettled message is redelivered after the subscription's
+    /// `ack_wait`.
     pub receipt: Receipt,
 }
 
@@ -149,6 +154,7 @@ pub struct Backlog {
 /// The state of a consumer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum ConsumerState {
+    /// The consumer exists and is not paused.
     #[default]
     Active,
     /// Paused by an operator, for the remaining time if it is known.
@@ -779,6 +785,7 @@ pub struct Probe {
 /// Messages on the stream that wait for a consumer or are being handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UnhandledMessages {
+    /// The number of these messages.
     pub messages: u64,
     /// The time at which the oldest of them was stored; `None` if there are none.
     pub oldest: Option<Timestamp>,
@@ -867,6 +874,10 @@ impl Probe {
             .context("query the consumer: it does not exist")
     }
 
+    /// The current counters of the consumer.
+    ///
+    /// # Errors
+    /// The server does not answer, or the consumer does not exist.
     pub async fn backlog(&self) -> Result<Backlog> {
         let info = self.info().await?;
         Ok(Backlog {
@@ -903,6 +914,7 @@ impl Receipt {
             .context("nack a message")
     }
 
+    /// A handle that extends the time to acknowledge this message.
     pub fn progress(&self) -> Progress {
         self.reply.clone()
     }

@@ -61,7 +61,9 @@ impl RawMessage {
 /// The result of comparing an expected message with the stored one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MessageComparison {
+    /// The stored message is equal.
     Same,
+    /// Another message is stored at this position.
     Different,
     /// No message is stored at this position any more.
     Gone,

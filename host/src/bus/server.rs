@@ -115,6 +115,7 @@ impl EmbeddedServer {
         }
     }
 
+    /// The URL for clients: `nats://127.0.0.1:PORT`.
     pub fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
     }

@@ -25,7 +25,9 @@ use crate::model::subject;
 /// The definition of a stream to create.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StreamSpec {
+    /// The name, unique in its NATS account.
     pub name: String,
+    /// The subjects it captures, wildcards allowed.
     pub subjects: Vec<String>,
     /// How long it keeps a message; `None` for no limit.
     pub max_age: Option<Duration>,
@@ -40,6 +42,7 @@ pub struct StreamSpec {
 }
 
 impl StreamSpec {
+    /// A stream that captures these subjects and keeps all messages.
     pub fn new(name: &str, subjects: &[&str]) -> Self {
         let subjects = subjects.iter().map(|&subject| subject.to_owned()).collect();
         StreamSpec {
@@ -53,19 +56,26 @@ impl StreamSpec {
 /// The result of [`Bus::ensure_stream`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EnsuredStream {
+    /// The stream was created by this call.
     Created,
+    /// A stream of this name existed and is unchanged.
     AlreadyExists,
 }
 
 /// The current state of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamInfo {
+    /// The name, unique in its NATS account.
     pub name: String,
+    /// When it was created; later for a recreated stream of the same name.
     pub created: Timestamp,
+    /// The subjects it captures, possibly with wildcards.
     pub subjects: Vec<String>,
+    /// The number of stored messages.
     pub messages: u64,
     /// The lowest stored sequence. In an empty stream 0, or one more than the last sequence.
     pub first_sequence: u64,
+    /// The sequence of the last message, even if it was removed since; 0 if there was none.
     pub last_sequence: u64,
     /// The server's dedupe window for message ids.
     pub duplicate_window: Duration,
@@ -322,14 +332,18 @@ fn scan_config() -> pull::Config {
 /// A scanned message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ScannedMessage {
+    /// The position of the message on the stream.
     pub sequence: u64,
+    /// The subject under which the message is stored.
     pub subject: String,
+    /// All headers of the message, in order.
     pub headers: Headers,
 }
 
 /// The position on a stream at which a scan begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StartPosition {
+    /// The first message with this sequence or a higher one.
     Sequence(u64),
     /// The first message that was stored at this time or later.
     Time(Timestamp),

@@ -23,7 +23,9 @@ const WATERMARKS_KEPT: i64 = 10;
 /// A watermark as stored on the broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredWatermark {
+    /// Its sequence on the watermark stream.
     pub sequence: u64,
+    /// The body of the message; invalid UTF-8 is replaced.
     pub text: String,
 }
 

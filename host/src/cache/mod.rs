@@ -53,6 +53,7 @@ struct Inner {
 /// The key of a value. Keys of different workers, or of different kinds, never collide.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct CacheKey {
+    /// The worker whose cache holds the value.
     pub worker: String,
     key: String,
 }
@@ -88,6 +89,7 @@ pub struct Policy {
 /// A loaded value.
 #[derive(Debug, Clone)]
 pub struct Loaded {
+    /// The bytes to cache and to return.
     pub value: Bytes,
     /// Its tags, besides the implicit tag for everything of its worker.
     pub tags: Vec<String>,
@@ -98,12 +100,15 @@ pub struct Loaded {
 /// A value and its source.
 #[derive(Debug, Clone)]
 pub struct Cached {
+    /// The bytes that were loaded.
     pub value: Bytes,
+    /// Its tags, besides the implicit tag for everything of its worker.
     pub tags: Arc<[String]>,
     /// The time since its load started.
     pub age: Duration,
     /// Whether it is past its time to live and being reloaded.
     pub is_stale: bool,
+    /// Where the value was found.
     pub layer: Layer,
 }
 
@@ -119,6 +124,7 @@ pub enum Layer {
 }
 
 impl Layer {
+    /// The value of a metric's label: `local`, `shared` or `loaded`.
     pub fn as_str(self) -> &'static str {
         match self {
             Layer::Local => "local",

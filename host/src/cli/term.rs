@@ -103,6 +103,7 @@ pub struct Table {
 }
 
 impl Table {
+    /// A table without rows; headings are converted to upper case.
     pub fn new(heads: &[&str]) -> Table {
         Table {
             heads: heads.iter().map(|head| head.to_uppercase()).collect(),
@@ -120,6 +121,7 @@ impl Table {
         );
     }
 
+    /// Whether the table has no rows; headings do not count.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }

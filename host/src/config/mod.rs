@@ -215,10 +215,13 @@ pub struct HostFlags {
 /// The checked configuration of a host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostConfig {
+    /// The database of the installation, shared by all of its hosts.
     pub database: Database,
     /// The maximum number of database connections.
     pub pool_size: u32,
+    /// How workers' SQL is kept from the platform's tables.
     pub guest_sql: GuestSql,
+    /// The NATS servers and the login for them.
     pub nats: Nats,
     /// Replicas of each stream that hosts create; `None` for as many as there are servers, up to
     /// three.
@@ -232,11 +235,14 @@ pub struct HostConfig {
     pub token: Option<Secret>,
     /// The address for HTTP requests; `None` if they are off.
     pub http: Option<SocketAddr>,
+    /// The header that identifies callers, and the subjects that they may publish to.
     pub admission: Admission,
+    /// The limits on connections, memory and time for HTTP requests.
     pub http_limits: HttpLimits,
     /// The folder for the token, compiled components, and the SQLite file unless `database` names
     /// another.
     pub data_dir: PathBuf,
+    /// The form of the log lines on standard error.
     pub log_format: LogFormat,
     /// Directives for `tracing_subscriber::filter::Targets`.
     pub log_level: String,
@@ -250,6 +256,7 @@ pub struct HostConfig {
     pub relay_database: Option<Database>,
     /// How much WAL the server may retain for the relay, in bytes.
     pub relay_slot_max: u64,
+    /// How long handled messages are remembered.
     pub keep_inbox: KeepInbox,
     /// The folder in which old rows are archived before they are deleted.
     pub archive: Option<PathBuf>,
@@ -257,7 +264,9 @@ pub struct HostConfig {
     pub webhook: Option<Webhook>,
     /// The secret that signs these posts.
     pub webhook_secret: Option<Secret>,
+    /// The memory limit of the cache, and the URL of the shared cache.
     pub cache: CacheSettings,
+    /// The limits of time and memory for compiling one component.
     pub compile: CompileSettings,
 }
 
@@ -275,6 +284,7 @@ pub enum RelayMode {
 pub enum KeepInbox {
     /// One day longer than the streams keep messages.
     Auto,
+    /// This long, counted from the transaction that handled the message.
     For(Duration),
 }
 
@@ -300,7 +310,9 @@ pub enum GuestSql {
 /// The form of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {
+    /// Text without colors, one line per event.
     Text,
+    /// One JSON object per event.
     Json,
 }
 
@@ -653,6 +665,7 @@ impl fmt::Debug for Database {
 }
 
 impl Secret {
+    /// Wraps a text. [`Secret::reveal`] returns it.
     pub fn new(text: impl Into<String>) -> Secret {
         Secret(text.into())
     }

@@ -15,6 +15,7 @@ use crate::config::{Secret, without_password};
 pub struct Nats {
     /// At least one server: `nats://…`, `tls://…` or `host:port`, possibly with a password.
     pub servers: Vec<String>,
+    /// The login read at the start. [`Nats::current_login`] has the current one.
     pub login: Login,
     /// The context file, if the login comes from a context. It is read again for each connection.
     pub context: Option<Context>,
@@ -22,6 +23,7 @@ pub struct Nats {
     pub tls_first: bool,
     /// The prefix of inbox subjects; `None` for `_INBOX`.
     pub inbox_prefix: Option<String>,
+    /// The JetStream API to use; it determines the prefix of its subjects.
     pub jetstream: JetStreamApi,
     /// A certificate authority's certificate, in PEM.
     pub root_certificate: Option<PathBuf>,
@@ -40,8 +42,10 @@ pub struct Context {
 /// The JetStream API to use.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum JetStreamApi {
+    /// The API of the account itself, under `$JS.API`.
     #[default]
     Local,
+    /// The API of the domain with this name, under `$JS.NAME.API`.
     Domain(String),
     /// An API under other subjects, for example one imported from another account.
     Prefix(String),
@@ -53,10 +57,14 @@ pub enum Login {
     /// No login.
     #[default]
     None,
+    /// A user and a password, from a URL or a context.
     Password {
+        /// The user name, without percent-encoding.
         user: String,
+        /// The password of that user.
         password: Secret,
     },
+    /// A token, from a URL or a context.
     Token(Secret),
     /// A file with the seed of an nkey.
     Nkey(PathBuf),
@@ -64,7 +72,9 @@ pub enum Login {
     Credentials(PathBuf),
     /// A JWT, and a file with the seed of its nkey unless it is a bearer token.
     Jwt {
+        /// The token that identifies the user.
         jwt: Secret,
+        /// The file with the seed; `None` for a bearer token.
         seed: Option<PathBuf>,
     },
 }

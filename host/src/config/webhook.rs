@@ -12,8 +12,11 @@ use super::sources::Setting;
 /// The URL of the webhook. Its path and query are never shown, because they are often a secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Webhook {
+    /// Whether the scheme is `https`.
     pub is_tls: bool,
+    /// A host name or an IP address, without the port.
     pub host: String,
+    /// The port; by default 443 for `https` and 80 for `http`.
     pub port: u16,
     /// Host and port as configured.
     pub authority: String,

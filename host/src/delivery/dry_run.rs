@@ -15,10 +15,13 @@ use crate::store::{Changes, StoreError, Tx};
 pub struct DryRunOutcome {
     /// The failure, and the reason of the dead letter that it would lead to.
     pub failure: Option<(Reason, CallFailure)>,
+    /// The outputs that the delivery would publish, in order.
     pub outputs: Vec<Output>,
     /// Keys of the state with their entries before and after.
     pub state: Vec<(String, Option<StateEntry>, Option<StateEntry>)>,
+    /// The changed rows of workers' tables.
     pub changes: Changes,
+    /// The handler's log, one line per entry.
     pub logs: String,
 }
 

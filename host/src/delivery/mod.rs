@@ -51,15 +51,23 @@ const DUPLICATE_WAIT: Duration = Duration::from_millis(500);
 /// What deliveries of one deployment share.
 #[derive(Clone)]
 pub struct Delivery {
+    /// The database that runs the transactions.
     pub store: Arc<dyn Store>,
+    /// The compiled component of the deployment.
     pub guest: Guest,
+    /// The worker's manifest, with all defaults filled in.
     pub worker: Arc<Worker>,
+    /// The version of the deployment; 1 for the worker's first one.
     pub version: u32,
     /// The largest payload the broker takes, in bytes.
     pub payload_max: usize,
+    /// The metrics of the host.
     pub metrics: Arc<Metrics>,
+    /// The cache of the host. Cache writes are applied to it with the commit.
     pub cache: Cache,
+    /// The messages whose statements broke the connection. They run alone.
     pub connection_breaks: ConnectionBreaks,
+    /// The health of the host. Each database operation is recorded in it.
     pub health: Arc<Health>,
 }
 

@@ -26,6 +26,7 @@ use crate::store::{ClaimedRequest, OutboxRow, StoreError, Tx};
 /// A request with its idempotency key.
 #[derive(Debug, Clone)]
 pub struct IncomingRequest {
+    /// The request, read to its end.
     pub request: HttpRequest,
     /// The key, and how long the response is kept. `None` for a request that may be handled again.
     pub key: Option<(RequestKey, Duration)>,
@@ -34,12 +35,15 @@ pub struct IncomingRequest {
 /// The outcome of a request.
 #[derive(Debug)]
 pub enum RequestOutcome {
+    /// The request has a response, which may also be that of a failed handler.
     Responded {
+        /// The response to send to the caller.
         response: HttpResponse,
         /// Whether this is the stored response of an earlier request.
         replayed: bool,
         /// Committed outputs to publish now, in order. Their leases began at `leased_at` or later.
         outputs: Vec<OutboxRow>,
+        /// Not later than the start of the first of these leases.
         leased_at: Instant,
     },
     /// The key belongs to a different request.

@@ -39,7 +39,9 @@ const HOST_CALL_BYTES: usize = 32 << 20;
 pub struct Call {
     /// One message for a handler, one or more for a batch handler.
     pub messages: Vec<Arc<Message>>,
+    /// The worker, with its limits and its configuration.
     pub worker: Arc<Worker>,
+    /// Version of the worker.
     pub version: u32,
     /// 1 for the first attempt. In a batch, the highest of all messages.
     pub attempt: u32,
@@ -47,7 +49,9 @@ pub struct Call {
     pub now: Timestamp,
     /// Largest payload that the broker accepts, headers included, in bytes.
     pub payload_max: usize,
+    /// The transaction for SQL and keyed state.
     pub database: Arc<dyn Database>,
+    /// The cache that the guest reads. Its writes are returned in the [`CallOutcome`].
     pub cache: Arc<dyn CacheReader>,
     /// State after the previous item. The [`CallOutcome`] returns it.
     pub state: BatchState,
@@ -63,13 +67,16 @@ pub struct CallOutcome {
     pub result: Result<Vec<HandlerResult>, CallFailure>,
     /// The response of an HTTP worker.
     pub response: Option<HttpResponse>,
+    /// Outputs in the order in which the guest sent them.
     pub outputs: Vec<Output>,
+    /// State after this call, for the next item.
     pub state: BatchState,
     /// Cache writes of the call.
     pub cache: CacheWrites,
     /// Whether the call ran any SQL. A call without SQL leaves the transaction unchanged, so it can
     /// be dropped from its batch.
     pub ran_sql: bool,
+    /// Log output of the guest, one line per entry, truncated at `log_size` of the worker's limits.
     pub logs: String,
     /// The record of a failed call, without the failure of the single message.
     pub record: Option<Box<Record>>,
@@ -101,7 +108,9 @@ pub struct WarmInstance {
 /// The failure of a call that was caused by the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CallFailure {
+    /// How the failure is handled, for example whether it is retried.
     pub kind: FailureKind,
+    /// The handler's own code, or a code of the host such as `trap` or `timeout`.
     pub code: Option<String>,
     /// Readable text for operators.
     pub message: String,
@@ -113,10 +122,13 @@ pub struct CallFailure {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FailureKind {
+    /// Retried after the backoff of the worker's retry policy.
     Retry,
     /// A trap caused by the guest on every host. Retried like `Retry`.
     Trap,
+    /// Retried after this long or later, as the handler requested.
     RetryAfter(Duration),
+    /// Dead-lettered at once, as the handler requested.
     Reject,
     /// The guest sent an output that its manifest or its limits do not permit.
     OutputRefused,
@@ -151,6 +163,7 @@ impl CallFailure {
         self
     }
 
+    /// A failure with a code and a readable message, without frames.
     pub fn new(kind: FailureKind, code: &str, message: impl Into<String>) -> Self {
         CallFailure {
             kind,

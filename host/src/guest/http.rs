@@ -21,6 +21,7 @@ use crate::model::request::{HttpRequest, HttpResponse};
 
 /// The inputs of an HTTP worker.
 pub struct RequestCall {
+    /// The request, read to its end.
     pub request: HttpRequest,
     /// Id of this invocation, if it differs from that of the message.
     pub id: Option<String>,

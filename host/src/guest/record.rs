@@ -26,20 +26,25 @@ pub const RECORD_MAX: usize = 1 << 20;
 /// The stored record of a failed call. Serialized as JSON.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
+    /// [`RECORD_FORMAT`] of the host that wrote the record.
     pub format: u32,
     /// Version of the worker.
     pub version: u32,
+    /// Number of the attempt; 1 for the first one.
     pub attempt: u32,
     /// Start of the attempt.
     pub now: Timestamp,
+    /// SQL dialect of the database.
     pub dialect: Dialect,
     /// Largest payload that the broker accepted, in bytes.
     pub payload_max: usize,
     /// One message for a handler. All messages of the call for a batch handler.
     pub messages: Vec<Message>,
+    /// Host calls in the order in which the guest made them.
     pub steps: Vec<Step>,
     /// Whether the record is truncated, by its own limit or by that of its batch.
     pub truncated: bool,
+    /// Inputs that differ between attempts or hosts.
     #[serde(flatten)]
     pub inputs: AttemptInputs,
     /// Whether the instance had handled other messages before, so that its memory may depend on
@@ -47,13 +52,16 @@ pub struct Record {
     pub warm: bool,
     /// Whether the machine ran out of memory during the call.
     pub out_of_memory: bool,
+    /// Log output of the guest, one line per entry.
     pub logs: String,
+    /// Failure of the message; `None` until the delivery adds it.
     pub failure: Option<CallFailure>,
 }
 
 /// One host call and its result.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Step {
+    /// Function and arguments.
     pub call: HostCall,
     /// `None` when the call ended without a result, or when the result exceeded the size limit.
     pub result: Option<HostResult>,
@@ -74,55 +82,86 @@ pub struct AttemptInputs {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HostCall {
+    /// `outbox.send`.
     Send(Box<OutgoingMessage>),
+    /// `state.get`.
     Get {
+        /// Key within the state of the worker.
         key: String,
     },
+    /// `state.set`.
     Set {
+        /// Key within the state of the worker.
         key: String,
+        /// New value.
         #[serde(with = "base64_text")]
         value: Bytes,
     },
+    /// `state.delete`.
     Delete {
+        /// Key within the state of the worker.
         key: String,
     },
+    /// `state.compare-and-set`.
     CompareAndSet {
+        /// Key within the state of the worker.
         key: String,
+        /// Version that the key must have; `None` if it must not exist.
         expected: Option<u64>,
+        /// New value.
         #[serde(with = "base64_text")]
         value: Bytes,
     },
+    /// `sql.query`.
     Query {
+        /// One statement, as the guest passed it.
         statement: String,
+        /// Values of the parameters, in order.
         params: Vec<Value>,
     },
+    /// `sql.execute`.
     Execute {
+        /// One statement, as the guest passed it.
         statement: String,
+        /// Values of the parameters, in order.
         params: Vec<Value>,
     },
+    /// `cache.get`.
     CacheGet {
+        /// Key within the cache of the worker.
         key: String,
     },
+    /// `cache.put`.
     CachePut {
+        /// Key within the cache of the worker.
         key: String,
+        /// New value.
         #[serde(with = "base64_text")]
         value: Bytes,
+        /// Time to live, in milliseconds.
         ttl_ms: u64,
+        /// Tags that invalidate the value.
         tags: Vec<String>,
     },
+    /// `cache.invalidate`.
     CacheInvalidate {
+        /// Tags to invalidate.
         tags: Vec<String>,
     },
     /// The time left until the deadline.
     Remaining,
+    /// Current time of the WASI wall clock.
     WallClock,
+    /// Current time of the WASI monotonic clock.
     MonotonicClock,
     /// A number of random bytes.
     Random {
+        /// Number of bytes.
         bytes: u64,
     },
     /// Wait until at least one of several pollables is ready.
     Poll {
+        /// Number of pollables.
         pollables: usize,
     },
     /// Whether one pollable is ready.
@@ -162,27 +201,39 @@ impl OutgoingMessage {
 pub enum HostResult {
     /// The result follows from the arguments.
     Nothing,
+    /// Entry of a state key; `None` if the key does not exist.
     Entry(Option<StateEntry>),
     /// The key before the change: the version of its value, its last version, and the size of the
     /// value in bytes.
     PreviousEntry {
+        /// Version of the value; `None` if the key did not exist.
         version: Option<u64>,
+        /// Last version of the key. The next change gets a higher one.
         last: u64,
+        /// Size of the value, in bytes; 0 if the key did not exist.
         size: usize,
     },
+    /// Rows of a query.
     Rows(Rows),
     /// Number of changed rows.
     Changed(u64),
+    /// Error of a statement, as returned to the guest.
     Refused(SqlError),
     /// The cached value, if any.
     Cached(#[serde(with = "base64_text::optional")] Option<Bytes>),
+    /// Time of the monotonic clock in nanoseconds, time left, or readiness as 0 or 1.
     Number(u64),
+    /// Time of the wall clock since the Unix epoch.
     Time {
+        /// Whole seconds.
         seconds: u64,
+        /// Rest, below one second.
         nanoseconds: u32,
     },
+    /// Random bytes.
     #[serde(with = "base64_text")]
     Bytes(Bytes),
+    /// Indexes of the ready pollables.
     Ready(Vec<u32>),
 }
 

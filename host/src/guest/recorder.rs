@@ -35,7 +35,9 @@ struct Playback {
 pub enum PlaybackEnd {
     /// The guest made a different call. `expected` is `None` when the record has no more steps.
     Diverged {
+        /// Recorded call of this step.
         expected: Option<Box<HostCall>>,
+        /// Call that the guest made.
         instead: Box<HostCall>,
     },
     /// The recorded call was stopped at this step.

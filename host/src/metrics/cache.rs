@@ -125,18 +125,22 @@ impl CacheMetrics {
         self.stale.get_or_create(&worker_labels(worker)).inc();
     }
 
+    /// Counts a read that found no value.
     pub fn miss(&self, worker: &str) {
         self.misses.get_or_create(&worker_labels(worker)).inc();
     }
 
+    /// Counts the load of a missing or stale value.
     pub fn load(&self, worker: &str) {
         self.loads.get_or_create(&worker_labels(worker)).inc();
     }
 
+    /// Counts a read that waited for the load of another caller.
     pub fn wait(&self, worker: &str) {
         self.waits.get_or_create(&worker_labels(worker)).inc();
     }
 
+    /// Counts tags that were invalidated on this host.
     pub fn invalidated(&self, worker: &str, tags: usize) {
         self.invalidations
             .get_or_create(&worker_labels(worker))
@@ -150,6 +154,7 @@ impl CacheMetrics {
             .observe(delay.as_secs_f64());
     }
 
+    /// Counts an operation of the shared cache that failed or timed out.
     pub fn shared_failed(&self) {
         self.shared_failures.inc();
     }

@@ -27,8 +27,11 @@ struct Failure {
 /// A check that may fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HealthCheck {
+    /// Transactions of deliveries, requests and dead-lettering.
     Transactions,
+    /// The small transaction that the host attempts every other second.
     WriteProbe,
+    /// The existence of the installation's own streams.
     OwnStreams,
 }
 

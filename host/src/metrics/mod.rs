@@ -99,23 +99,28 @@ impl MetricConstructor<Histogram> for Buckets {
 /// Measurements taken when `/metrics` is read.
 #[derive(Debug, Clone, Default)]
 pub struct Measured {
+    /// Whether this host is connected to NATS.
     pub nats_connected: bool,
     /// `None` if the database is unreachable.
     pub outbox: Option<Vec<MeasuredOutbox>>,
     /// Whether the database answers and commits writes of the host.
     pub is_database_writable: bool,
+    /// The workers that run on this host.
     pub workers: Vec<MeasuredWorker>,
+    /// The state of the circuit breaker of each stream, by its name.
     pub breakers: Vec<(String, breaker::State)>,
     /// `None` if only polling is supported.
     pub wal: Option<MeasuredWal>,
     /// Raised alarms and those that can be raised, by worker.
     pub alarms: Vec<(String, alarm::Kind, bool)>,
+    /// The size of the cache of this host, and the state of the shared cache.
     pub cache: MeasuredCache,
 }
 
 /// The state of WAL mode.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MeasuredWal {
+    /// Whether outputs are published from the WAL now.
     pub is_active: bool,
     /// Whether this host reads the WAL.
     pub is_reader: bool,
@@ -128,6 +133,7 @@ pub struct MeasuredWal {
 /// One worker of this host.
 #[derive(Debug, Clone, Default)]
 pub struct MeasuredWorker {
+    /// The name of the worker.
     pub worker: String,
     /// Messages in progress on this host.
     pub in_flight: usize,
@@ -140,11 +146,15 @@ pub struct MeasuredWorker {
 /// The outputs of one worker in the outbox, over all hosts.
 #[derive(Debug, Clone, Default)]
 pub struct MeasuredOutbox {
+    /// The name of the worker.
     pub worker: String,
+    /// Outputs that are committed, due and not published.
     pub unpublished: u64,
     /// Age of the oldest of them, except parked and held ones.
     pub oldest: Option<Duration>,
+    /// Outputs parked until an operator retries or drops them.
     pub parked: u64,
+    /// Outputs held by a parked output of their key.
     pub held: u64,
 }
 
@@ -184,6 +194,7 @@ pub struct Metrics {
     wal_retained: Gauge,
     alarms: Family<AlarmLabels, Gauge>,
     webhook_posts: Family<PostLabels, Counter>,
+    /// The metrics of the read cache.
     pub cache: CacheMetrics,
     requests: Family<RequestLabels, Histogram, Buckets>,
     requests_replayed: Family<WorkerLabels, Counter>,
@@ -192,9 +203,11 @@ pub struct Metrics {
 /// The outcome of a POST to the webhook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PostOutcome {
+    /// The server accepted the alarm.
     Delivered,
     /// It will be retried.
     Failed,
+    /// It will not be retried.
     Abandoned,
 }
 
@@ -211,12 +224,15 @@ impl PostOutcome {
 /// The outcome of an attempt to publish an output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OutputOutcome {
+    /// It was stored on its stream now.
     Published,
     /// The broker already had it.
     Duplicate,
     /// A lookup found it already stored on its stream.
     AlreadyStored,
+    /// It is not known to be stored, and will be retried.
     Failed,
+    /// It is not retried until an operator decides.
     Parked,
     /// Its stream holds another message under its id; it is published under a new id.
     IdTaken,
@@ -431,10 +447,12 @@ impl Metrics {
         &self.names
     }
 
+    /// Counts a message received from a stream.
     pub fn consumed(&self, worker: &str) {
         self.consumed.get_or_create(&worker_labels(worker)).inc();
     }
 
+    /// Records the time that one call spent in the handler.
     pub fn processed(&self, worker: &str, time: Duration) {
         let labels = ProcessLabels {
             messaging_system: "nats",
@@ -445,6 +463,7 @@ impl Metrics {
             .observe(time.as_secs_f64());
     }
 
+    /// Counts a delivery by its verdict.
     pub fn verdict(&self, worker: &str, verdict: &'static str) {
         self.messages
             .get_or_create(&VerdictLabels {
@@ -468,6 +487,7 @@ impl Metrics {
             .inc();
     }
 
+    /// Counts a written dead letter by its reason.
     pub fn dead_letter(&self, worker: &str, reason: &'static str) {
         self.dead_letters
             .get_or_create(&ReasonLabels {
@@ -477,6 +497,7 @@ impl Metrics {
             .inc();
     }
 
+    /// Counts a delivered batch, and how often its transactions were run again.
     pub fn batch(&self, worker: &str, reruns: u32) {
         self.batches.get_or_create(&worker_labels(worker)).inc();
         self.reruns
@@ -484,6 +505,7 @@ impl Metrics {
             .inc_by(reruns.into());
     }
 
+    /// Counts a transaction that conflicted with another one.
     pub fn conflict(&self, worker: &str) {
         self.conflicts.get_or_create(&worker_labels(worker)).inc();
     }
@@ -505,12 +527,14 @@ impl Metrics {
         }
     }
 
+    /// Counts a commit without an answer from the database.
     pub fn commit_unclear(&self, worker: &str) {
         self.commits_unclear
             .get_or_create(&worker_labels(worker))
             .inc();
     }
 
+    /// Counts an attempt to publish an output.
     pub fn output(&self, worker: &str, outcome: OutputOutcome) {
         if outcome == OutputOutcome::Published {
             self.sent.get_or_create(&worker_labels(worker)).inc();
@@ -523,6 +547,7 @@ impl Metrics {
             .inc();
     }
 
+    /// Counts a loss of stored messages on a stream, and the outputs that were published again.
     pub fn regression(&self, stream: &str, outputs: u64) {
         let labels = StreamLabels {
             stream: stream.to_owned(),
@@ -531,6 +556,7 @@ impl Metrics {
         self.republished.get_or_create(&labels).inc_by(outputs);
     }
 
+    /// Counts a POST to the webhook.
     pub fn webhook_post(&self, post: PostOutcome) {
         self.webhook_posts
             .get_or_create(&PostLabels {

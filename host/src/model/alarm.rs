@@ -193,7 +193,9 @@ impl Thresholds {
 /// An alarm as stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Alarm {
+    /// The name of the worker, or [`HOST`] for an alarm of a host itself.
     pub worker: String,
+    /// The condition that raises it.
     pub kind: Kind,
     /// The new failure; none for other kinds.
     pub group: Option<FailureGroup>,
@@ -202,7 +204,9 @@ pub struct Alarm {
     /// The value measured when it was raised, in the unit of the threshold: a count or
     /// milliseconds.
     pub value: u64,
+    /// The threshold that `value` reached, in the same unit.
     pub threshold: u64,
+    /// When it was last raised.
     pub raised_at: Timestamp,
     /// None while it is raised.
     pub cleared_at: Option<Timestamp>,
@@ -213,6 +217,7 @@ pub struct Alarm {
 }
 
 impl Alarm {
+    /// Whether it has not been cleared since it was last raised.
     pub fn is_raised(&self) -> bool {
         self.cleared_at.is_none()
     }
@@ -230,11 +235,13 @@ impl Alarm {
 /// The step that follows from a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AlarmStep {
+    /// The value reached the threshold.
     Raise,
     /// The value is low enough as of now.
     Recover,
     /// The value was low enough and no longer is.
     Relapse,
+    /// The value has been low enough for long enough.
     Clear,
 }
 
@@ -271,13 +278,19 @@ pub fn next_step(
 /// One step of one alarm, applied only if the alarm is unchanged since it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AlarmUpdate {
+    /// The name of the worker, or [`HOST`] for an alarm of a host itself.
     pub worker: String,
+    /// The condition that the alarm is about.
     pub kind: Kind,
+    /// The new failure; none for other kinds.
     pub group: Option<FailureGroup>,
     /// `times` of the alarm when it was read; 0 if it was never raised.
     pub times: u32,
+    /// The step to apply.
     pub step: AlarmStep,
+    /// The measured value, in the unit of the threshold.
     pub value: u64,
+    /// The threshold at the time of the measurement: a count or milliseconds.
     pub threshold: u64,
     /// The cause, where the kind does not imply it.
     pub why: Option<String>,
@@ -286,14 +299,19 @@ pub struct AlarmUpdate {
 /// An alarm that was just raised or cleared, to be published.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notice {
+    /// The name of the worker, or [`HOST`] for an alarm of a host itself.
     pub worker: String,
+    /// The condition that raised it.
     pub kind: Kind,
+    /// The new failure; none for other kinds.
     pub group: Option<FailureGroup>,
     /// How often it was raised, this time included.
     pub times: u32,
     /// The current measured value.
     pub value: u64,
+    /// The threshold, in the unit of [`Kind::unit`].
     pub threshold: u64,
+    /// When it was raised; for a cleared alarm, the last time.
     pub raised_at: Timestamp,
     /// None if it was raised.
     pub cleared_at: Option<Timestamp>,
@@ -346,6 +364,7 @@ impl Notice {
         }
     }
 
+    /// Whether the notice is about a raised alarm, not about a cleared one.
     pub fn is_raised(&self) -> bool {
         self.cleared_at.is_none()
     }

@@ -34,6 +34,7 @@ pub mod optional {
     )]
     struct Text<T>(#[serde(with = "super")] T);
 
+    /// Writes bytes as a Base64 string, and none as null.
     pub fn serialize<T: AsRef<[u8]>, S: Serializer>(
         bytes: &Option<T>,
         serializer: S,
@@ -44,6 +45,7 @@ pub mod optional {
             .serialize(serializer)
     }
 
+    /// Reads bytes from a Base64 string, and none from null.
     pub fn deserialize<'de, T: From<Vec<u8>>, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Option<T>, D::Error> {

@@ -30,8 +30,11 @@ pub const EVERYTHING: &str = "";
 /// A value to put.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CachePut {
+    /// The bytes to store.
     pub value: Bytes,
+    /// How long the value is kept, at most [`TTL_MAX`].
     pub ttl: Duration,
+    /// Invalidating one of these tags removes the value.
     pub tags: Vec<String>,
 }
 

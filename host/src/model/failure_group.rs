@@ -16,6 +16,7 @@ const FRAMES_MAX: usize = 3;
 pub struct FailureGroup {
     /// 16 hex digits, derived from the worker and all fields below.
     pub id: String,
+    /// The name of a [`Reason`], such as `attempts-exhausted`.
     pub reason: String,
     /// The handler's own code for the failure, if any.
     pub code: Option<String>,

@@ -32,7 +32,9 @@ const HEADERS_SIZE: usize = 1024;
 pub struct Invalidation {
     /// The same on every host. Random, so that a forged message cannot have the id of a later one.
     pub id: String,
+    /// The worker whose cache has these tags.
     pub worker: String,
+    /// The tags; [`EVERYTHING`] for the whole cache.
     pub tags: BTreeSet<String>,
     /// Just before the commit, by the clock of the committing host.
     pub at: Timestamp,

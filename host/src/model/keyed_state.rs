@@ -10,8 +10,10 @@ use crate::model::base64_text;
 /// A value of keyed state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateEntry {
+    /// The bytes that the handler stored.
     #[serde(with = "base64_text")]
     pub value: Bytes,
+    /// The version of the key, higher than all before.
     pub version: u64,
 }
 
@@ -31,6 +33,7 @@ pub struct StateSlot {
 /// One change of keyed state, applied only if the key still has the version that was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StateWrite {
+    /// The key, unique per worker.
     pub key: String,
     /// The version of the row read in this transaction; none if there was no row.
     pub expected: Option<u64>,

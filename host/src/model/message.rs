@@ -23,8 +23,11 @@ pub const DELAY_MAX: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 pub struct Message {
     /// The deduplication key. Never empty, at most [`EVENT_ID_MAX`] bytes.
     pub event_id: String,
+    /// The subject it was published to.
     pub subject: String,
+    /// All headers, in order; for example the `Nats-Msg-Id` of the publisher.
     pub headers: Headers,
+    /// The payload; for a redriven message, the last corrected one.
     #[serde(with = "base64_text")]
     pub body: Bytes,
     /// Its place on a stream; none for a message that did not come from a stream.
@@ -45,8 +48,11 @@ pub struct Redriven {
 /// A place on a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
+    /// The name of the stream.
     pub stream: String,
+    /// The sequence of the message on that stream.
     pub sequence: u64,
+    /// When the stream stored the message.
     pub stored_at: Timestamp,
 }
 
@@ -97,9 +103,13 @@ pub struct Output {
     pub event_id: String,
     /// 0 for the first output of its delivery.
     pub ordinal: u32,
+    /// The subject to publish it to, without wildcards.
     pub subject: String,
+    /// The headers, before `Nats-Msg-Id` and `Oncely-Output-Id` are added.
     pub headers: Headers,
+    /// The payload, published unchanged.
     pub body: Bytes,
+    /// Outputs of one worker with the same key are published in order; none for no order.
     pub ordering_key: Option<String>,
     /// Zero to publish at once.
     pub delay: Duration,

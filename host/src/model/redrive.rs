@@ -22,6 +22,7 @@ const GENERATION_HEADER: &str = "Oncely-Generation";
 /// A reference to a redriven dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pointer {
+    /// The id of the dead letter.
     pub dead_letter: i64,
     /// How often it was redriven, this time included.
     pub generation: u32,

@@ -14,15 +14,20 @@ pub struct HttpRequest {
     pub path_and_query: String,
     /// Host and port, as named by the caller.
     pub authority: String,
+    /// All headers, in order. A name may repeat.
     pub headers: Headers,
+    /// The whole body; empty if the request has none.
     pub body: Bytes,
 }
 
 /// One complete response, as stored and replayed. Header values are as in a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HttpResponse {
+    /// The status code.
     pub status: u16,
+    /// All headers, in order. A name may repeat.
     pub headers: Headers,
+    /// The whole body, possibly empty.
     pub body: Bytes,
 }
 
@@ -42,6 +47,7 @@ pub struct RequestKey {
     pub route: String,
     /// A digest of the caller; empty for an unidentified one.
     pub caller: String,
+    /// The value of the header `Idempotency-Key`.
     pub key: String,
     /// SHA-256 over everything else that must be the same; see [`HttpRequest::fingerprint`].
     pub fingerprint: [u8; 32],

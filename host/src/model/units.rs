@@ -92,10 +92,12 @@ pub mod duration {
 
     use serde::{Deserialize, Deserializer, Serializer};
 
+    /// Writes a duration in the form of [`format_duration`](super::format_duration).
     pub fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&super::format_duration(*duration))
     }
 
+    /// Reads a duration with [`parse_duration`](super::parse_duration).
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
         let text = String::deserialize(deserializer)?;
         super::parse_duration(&text).map_err(serde::de::Error::custom)

@@ -15,10 +15,18 @@ pub enum Verdict {
     /// The effects were committed, or the message was dead-lettered, before.
     Duplicate(Settled),
     /// The attempt failed and is counted. The message is redelivered after this long.
-    Retry { attempt: u32, after: Duration },
+    Retry {
+        /// The number of the failed attempt, from 1.
+        attempt: u32,
+        /// The wait before the redelivery.
+        after: Duration,
+    },
     /// Another delivery has the same event id in flight. The message is redelivered after this
     /// long. No attempt is spent.
-    Wait { after: Duration },
+    Wait {
+        /// The wait before the redelivery.
+        after: Duration,
+    },
     /// An earlier message of its key failed and blocks the later ones. This one did not run, or its
     /// effects were rolled back. No attempt is spent.
     Blocked,
@@ -92,8 +100,11 @@ impl Reason {
 /// A message that goes to the dead-letter queue.
 #[derive(Debug, Clone)]
 pub struct DeadLetter {
+    /// The name of the worker.
     pub worker: String,
+    /// The version of the worker that dead-lettered it.
     pub version: u32,
+    /// Why the message is not retried.
     pub reason: Reason,
     /// The handler's own code for the failure, if any.
     pub code: Option<String>,
@@ -102,6 +113,8 @@ pub struct DeadLetter {
     /// The functions where the handler trapped, innermost first. Empty if it did not trap, or if
     /// the component has no names.
     pub frames: Vec<String>,
+    /// Failed attempts at the event so far, also those before a redrive; 0 if it was not handled.
     pub attempts: u32,
+    /// The message as it was delivered.
     pub message: Message,
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 /// A row before and after the transaction, as an object with one value per column.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RowChange {
+    /// The name of the table.
     pub table: String,
     /// `None` for an inserted row.
     pub before: Option<serde_json::Value>,
@@ -17,6 +18,7 @@ pub struct RowChange {
 /// All changes of a transaction, as far as they are known.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changes {
+    /// The changed rows, at most `limit` of each table.
     pub rows: Vec<RowChange>,
     /// Descriptions of changes that `rows` does not contain.
     pub omitted: Vec<String>,

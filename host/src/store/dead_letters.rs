@@ -30,6 +30,7 @@ pub enum DeadLetterState {
 }
 
 impl DeadLetterState {
+    /// The name in the database and in JSON.
     pub fn as_str(self) -> &'static str {
         match self {
             DeadLetterState::Open => "open",
@@ -55,29 +56,45 @@ impl DeadLetterState {
 /// A counted failed attempt, for display.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttemptRecord {
+    /// 1 for the first attempt at the event.
     pub attempt: u32,
+    /// When the attempt was counted.
     pub at: Timestamp,
+    /// The version of the worker that made the attempt.
     pub version: u32,
+    /// The handler's own code, or a code of the host such as `trap`; `None` for no code.
     pub code: Option<String>,
+    /// The failure in words.
     pub error: String,
+    /// The handler's log, one line per entry.
     pub logs: String,
 }
 
 /// One dead letter in a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeadLetterSummary {
+    /// The number that operators pass to the commands, unique in the database.
     pub id: i64,
+    /// Whether it is open, redriven or closed.
     pub state: DeadLetterState,
+    /// The name of the worker.
     pub worker: String,
+    /// The deduplication key of the message.
     pub event_id: String,
+    /// The name of a [`Reason`], such as `attempts-exhausted`.
     pub reason: String,
+    /// The handler's own code for the failure, if any.
     pub code: Option<String>,
+    /// The failure in words, for display.
     pub detail: String,
     /// The group of dead letters with the same failure; `None` for a dead letter that is older than
     /// groups.
     pub group: Option<String>,
+    /// The subject the message was published to.
     pub subject: String,
+    /// Failed attempts at the event when it was last dead-lettered; 0 if it was not handled.
     pub attempts: u32,
+    /// The version of the worker that dead-lettered it last.
     pub version: u32,
     /// The last time, if it was dead-lettered more than once.
     pub died_at: Timestamp,
@@ -87,26 +104,35 @@ pub struct DeadLetterSummary {
     pub last_action_at: Option<Timestamp>,
     /// The stream of the message; `None` if it came from no stream.
     pub stream: Option<String>,
+    /// The sequence on that stream.
     pub stream_sequence: Option<u64>,
 }
 
 /// A corrected body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EditRecord {
+    /// When the body was stored.
     pub at: Timestamp,
+    /// The name of the operator.
     pub actor: String,
+    /// The reason, as the operator wrote it.
     pub note: String,
+    /// The whole corrected body.
     pub body: Bytes,
 }
 
 /// An operator's action on a dead letter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AuditRecord {
+    /// When the action was done.
     pub at: Timestamp,
     /// `redrive`, `edit`, `resolve` or `drop`.
     pub action: String,
+    /// How many times the dead letter was redriven by then, this action included.
     pub generation: u32,
+    /// The name of the operator.
     pub actor: String,
+    /// The reason, as the operator wrote it; `None` if none was stated.
     pub note: Option<String>,
 }
 
@@ -117,16 +143,20 @@ pub struct DeadLetterOutput {
     pub id: String,
     /// The value of `Nats-Msg-Id`.
     pub message_id: String,
+    /// The subject to publish to.
     pub subject: String,
     /// `None` until it is published.
     pub stream: Option<String>,
+    /// The sequence on that stream; `None` until it is published.
     pub stream_sequence: Option<u64>,
 }
 
 /// One dead letter with all its details.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeadLetterRecord {
+    /// The fields that a list shows as well.
     pub summary: DeadLetterSummary,
+    /// The headers of the message, in order.
     pub headers: Headers,
     /// The original body.
     pub body: Bytes,
@@ -138,6 +168,7 @@ pub struct DeadLetterRecord {
     pub attempts: Vec<AttemptRecord>,
     /// Corrected bodies, oldest first.
     pub edits: Vec<EditRecord>,
+    /// The operators' actions, oldest first.
     pub audit: Vec<AuditRecord>,
     /// `done` or `dead` with the time, if the event is settled.
     pub settled: Option<(String, Timestamp)>,
@@ -151,8 +182,11 @@ pub struct DeadLetterRecord {
 pub struct DeadLetterFilter {
     /// Only these ids; all if it is empty.
     pub ids: Vec<i64>,
+    /// The name of a worker; `None` for all workers.
     pub worker: Option<String>,
+    /// The name of a [`Reason`]; `None` for all reasons.
     pub reason: Option<String>,
+    /// The handler's own code for the failure; `None` for all.
     pub code: Option<String>,
     /// The id of a group.
     pub group: Option<String>,
@@ -166,6 +200,7 @@ pub struct DeadLetterFilter {
     pub closed: bool,
     /// Only ids below this one.
     pub below: Option<i64>,
+    /// The maximum number of results.
     pub limit: u32,
 }
 
@@ -182,11 +217,13 @@ impl DeadLetterFilter {
 pub struct DeadLetterGroup {
     /// `None` for dead letters that are older than groups.
     pub group: Option<FailureGroup>,
+    /// The name of the worker.
     pub worker: String,
     /// How many of them match the filter.
     pub dead_letters: u64,
     /// When the first and the last of them were dead-lettered.
     pub first_died_at: Timestamp,
+    /// Equal to `first_died_at` if there is one dead letter.
     pub last_died_at: Timestamp,
     /// The id of the newest one.
     pub last_dead_letter: i64,
@@ -198,7 +235,9 @@ pub struct DeadLetterGroup {
 /// Count and age of a worker's open dead letters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeadLetterDepth {
+    /// The name of the worker.
     pub worker: String,
+    /// How many are open; redriven and closed ones do not count.
     pub open: u64,
     /// Age of the oldest one, in milliseconds.
     pub oldest_ms: u64,
@@ -275,6 +314,7 @@ pub async fn all_dead_letters(
 /// A dead letter to redrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Redrive {
+    /// The id of the dead letter.
     pub id: i64,
     /// Refuse unless it was redriven this often so far.
     pub generation: Option<u32>,
@@ -285,7 +325,9 @@ pub struct Redrive {
 /// The actor of an action, and the actor's reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attribution {
+    /// The name of the operator.
     pub actor: String,
+    /// The reason, as the operator wrote it; `None` if none was stated.
     pub note: Option<String>,
 }
 
@@ -323,6 +365,7 @@ impl DeadLetterAction {
 /// The result of an action on one dead letter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeadLetterActionResult {
+    /// The id of the dead letter.
     pub id: i64,
     /// The reason for a refusal, for display; `None` if the action was done.
     pub refused: Option<String>,

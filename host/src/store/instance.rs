@@ -39,6 +39,7 @@ impl Instance {
 /// An instance with an expired lease, which another instance took over.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TakenOver {
+    /// The id of the instance: 16 hex digits.
     pub instance: String,
     /// How many of its sessions were terminated.
     pub sessions: u64,

@@ -82,6 +82,7 @@ impl StoreError {
 /// The last report of a live host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredReport {
+    /// The id of the instance: 16 hex digits.
     pub instance: String,
     /// How many reports the instance has written; 0 for none.
     pub number: u64,
@@ -135,7 +136,9 @@ pub type Result<T> = std::result::Result<T, StoreError>;
 /// A claim of one event id.
 #[derive(Debug, Clone)]
 pub struct Claim {
+    /// The deduplication key of the message, within the worker of the transaction.
     pub event_id: String,
+    /// SHA-256 over subject and body. The same event id with another hash is an id reuse.
     pub payload_sha256: [u8; 32],
     /// Stream and sequence, for display and for `audit`.
     pub origin: Option<(String, u64)>,
@@ -147,8 +150,11 @@ pub struct Claim {
 /// The outcome of a claim.
 #[derive(Debug)]
 pub enum Claimed {
-    /// Claimed, if this transaction commits. `attempts` attempts failed before.
-    Fresh { attempts: u32 },
+    /// Claimed, if this transaction commits.
+    Fresh {
+        /// How many attempts at the event have failed before.
+        attempts: u32,
+    },
     /// A committed delivery or dead letter holds the event id, for the same payload.
     Settled(Settled),
     /// The event id is held for another payload.
@@ -158,12 +164,17 @@ pub enum Claimed {
 /// A committed, unpublished output that is leased to this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutboxRow {
+    /// The number of its row, in the order of writing.
     pub seq: i64,
     /// The value of `Nats-Msg-Id`; see [`crate::model::output_ids`].
     pub id: String,
+    /// The worker that it belongs to.
     pub worker: String,
+    /// The subject to publish to, without wildcards.
     pub subject: String,
+    /// The headers to publish, besides `Nats-Msg-Id`.
     pub headers: Headers,
+    /// The payload, published unchanged.
     pub body: Bytes,
     /// Outputs of one worker with the same key are published in the order of their commits.
     pub ordering_key: Option<String>,
@@ -202,42 +213,64 @@ impl OutboxRow {
 pub enum Unpublished {
     /// It is due again after a delay. `error` is set if publishing was tried and failed.
     Later {
+        /// The delay, counted from the release.
         after: Duration,
+        /// The publish error, for display.
         error: Option<String>,
     },
     /// It is blocked until this row is published or dropped.
     BlockedBy(i64),
     /// It waits until an operator retries or drops it.
-    Parked { reason: String },
+    Parked {
+        /// Why it is not retried, for display.
+        reason: String,
+    },
     /// It is due at once under another id, because its stream holds another message under the id
     /// `taken`. No effect if the output has another id by now.
-    IdTaken { taken: String, error: String },
+    IdTaken {
+        /// The id that was refused, a value of `Nats-Msg-Id`.
+        taken: String,
+        /// The publish error, for display.
+        error: String,
+    },
 }
 
 /// A published output with its place on the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PublishedOutput {
+    /// The number of its row in the outbox.
     pub seq: i64,
+    /// The value of `Nats-Msg-Id`.
     pub id: String,
+    /// The name of the stream that stored it.
     pub stream: String,
+    /// The sequence on that stream.
     pub stream_sequence: u64,
+    /// When it was recorded as published, on the database's clock.
     pub published_at: Timestamp,
 }
 
 /// The place of an output on its stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
+    /// The number of its row in the outbox.
     pub seq: i64,
+    /// The name of the stream that stored it.
     pub stream: String,
+    /// The sequence on that stream.
     pub stream_sequence: u64,
 }
 
 /// One failed attempt. It is counted outside the transaction that it failed in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailedAttempt {
+    /// The deduplication key of the message.
     pub event_id: String,
+    /// The version of the worker that made the attempt.
     pub version: u32,
+    /// The handler's own code, or a code of the host such as `trap`; `None` for no code.
     pub code: Option<String>,
+    /// The failure in words.
     pub error: String,
     /// The handler's log, one line per entry.
     pub logs: String,
@@ -248,6 +281,7 @@ pub struct FailedAttempt {
 /// The recording of a failed attempt, for a replay. Only the last one of each event is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredRecording {
+    /// The record of the attempt as JSON: its inputs, host calls and results.
     pub json: Bytes,
     /// Two attempts with the same digest prove that a third one fails identically. `None` if the
     /// attempt proves nothing.
@@ -266,6 +300,7 @@ pub struct CountedAttempt {
 /// Alarms that were just raised or cleared.
 #[derive(Debug, Default)]
 pub struct AlarmNotices {
+    /// The raised and cleared alarms, for the log.
     pub notices: Vec<alarm::Notice>,
     /// The alarm messages that are due for publishing now.
     pub rows: Vec<OutboxRow>,
@@ -285,6 +320,7 @@ pub struct DeadLettered {
 /// A filter for outputs. Results are sorted oldest first.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct OutputFilter {
+    /// The name of a worker; `None` for all workers.
     pub worker: Option<String>,
     /// All unpublished outputs, not only parked ones.
     #[serde(default)]
@@ -292,6 +328,7 @@ pub struct OutputFilter {
     /// Dropped outputs instead.
     #[serde(default)]
     pub dropped: bool,
+    /// The maximum number of results.
     pub limit: u32,
 }
 
@@ -304,10 +341,13 @@ pub struct OutputSummary {
     pub id: String,
     /// The value of `Nats-Msg-Id`.
     pub message_id: String,
+    /// The worker that it belongs to.
     pub worker: String,
     /// The event that caused it.
     pub event_id: String,
+    /// The subject to publish to.
     pub subject: String,
+    /// Outputs of one worker with the same key are published in order; `None` for no order.
     pub ordering_key: Option<String>,
     /// `parked`, `blocked`, `delayed`, `due`, `leased`, `in-wal`, `published` or `dropped`.
     pub state: String,
@@ -315,12 +355,17 @@ pub struct OutputSummary {
     pub blocked_by: Option<i64>,
     /// How many outputs it blocks.
     pub waiting: u64,
+    /// How many publish attempts have failed.
     pub failures: u32,
     /// The last publish error.
     pub error: Option<String>,
+    /// When it was committed.
     pub created_at: Timestamp,
+    /// When it may be published, after its delay or after a failed attempt.
     pub due_at: Timestamp,
+    /// When it was parked; `None` if it is not parked.
     pub parked_at: Option<Timestamp>,
+    /// When it was dropped; `None` if it is not dropped.
     pub dropped_at: Option<Timestamp>,
     /// The reason for dropping it, as the operator wrote it.
     pub note: Option<String>,
@@ -329,8 +374,11 @@ pub struct OutputSummary {
 /// One output with headers and body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutputRecord {
+    /// The fields that a list shows as well.
     pub summary: OutputSummary,
+    /// The headers as published, in order.
     pub headers: Headers,
+    /// The payload as published.
     pub body: Bytes,
     /// Stream and sequence, once it is published.
     pub place: Option<(String, u64)>,
@@ -339,6 +387,7 @@ pub struct OutputRecord {
 /// The publishing lag of one worker.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct OutboxLag {
+    /// The name of the worker.
     pub worker: String,
     /// Outputs and dead-letter notices that are due and not published.
     pub unpublished: u64,
@@ -354,6 +403,7 @@ pub struct OutboxLag {
 /// One immutable version of a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeploymentRecord {
+    /// The name of the worker.
     pub worker: String,
     /// 1 for the first; one more with each deployment of this worker.
     pub version: u32,
@@ -361,16 +411,20 @@ pub struct DeploymentRecord {
     pub digest: String,
     /// The worker's manifest with all defaults filled in, as JSON.
     pub manifest: String,
+    /// When it was deployed.
     pub created_at: Timestamp,
 }
 
 /// One value of keyed state, for display.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StateRecord {
+    /// The key, unique per worker.
     pub key: String,
+    /// The version of the entry. It grows with each change of the key.
     pub version: u64,
     /// Size of the value in bytes.
     pub size: u64,
+    /// When the value was last written.
     pub updated_at: Timestamp,
     /// The value; in a list only its first [`STATE_PREVIEW`] bytes.
     pub value: Bytes,
@@ -382,6 +436,7 @@ pub const STATE_PREVIEW: u32 = 256;
 /// Counts and ages of one worker.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct WorkerTotals {
+    /// The name of the worker.
     pub worker: String,
     /// Events whose effects are committed.
     pub done: u64,

@@ -28,6 +28,7 @@ pub enum RelayMode {
 /// The relay mode and the progress of the WAL reader.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct WalState {
+    /// The current mode; `Entering` and `Leaving` last until the switch is done.
     pub mode: RelayMode,
     /// Why WAL mode was left without a request.
     pub fallback_reason: Option<String>,
@@ -65,11 +66,20 @@ pub enum SwitchProgress {
 /// An event from the WAL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WalEvent {
-    /// An output of a committed transaction, and the lower 32 bits of the transaction's id. Other
-    /// sessions may not see either of them yet.
-    Output { row: OutboxRow, transaction: u32 },
+    /// An output of a committed transaction. Other sessions may not see either of them yet.
+    Output {
+        /// The output, as written by its transaction.
+        row: OutboxRow,
+        /// The lower 32 bits of the transaction's id.
+        transaction: u32,
+    },
     /// All outputs of a transaction were returned.
-    Committed { end: Lsn, at: Timestamp },
+    Committed {
+        /// The position after the commit.
+        end: Lsn,
+        /// When the transaction was committed, on the database's clock.
+        at: Timestamp,
+    },
     /// All transactions that committed before this position were returned.
     Passed(Lsn),
 }
@@ -84,7 +94,9 @@ pub struct WalRecord {
     pub through: Option<i64>,
     /// The same progress as a time, if it is known.
     pub until: Option<Timestamp>,
+    /// Outputs stored on their streams since the last record.
     pub published: Vec<Published>,
+    /// Numbers of outputs that are left to polling, and how to release each.
     pub released: Vec<(i64, Unpublished)>,
 }
 
@@ -92,6 +104,7 @@ pub struct WalRecord {
 /// passed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WalSnapshot {
+    /// The time of the snapshot, on the database's clock.
     pub at: Timestamp,
     /// The end of the WAL.
     pub end: Lsn,

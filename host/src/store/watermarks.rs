@@ -32,6 +32,7 @@ pub struct BrokerState {
 pub struct StreamEnd {
     /// When the stream was created.
     pub created: Timestamp,
+    /// The sequence of the last message, even if it was removed since.
     pub last_sequence: u64,
     /// When the last message was stored; `None` if it was removed already.
     pub stored_at: Option<Timestamp>,
@@ -40,7 +41,9 @@ pub struct StreamEnd {
 /// The sequence up to which a consumer has acknowledged all messages.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AckFloor {
+    /// The stream that the consumer reads.
     pub stream: String,
+    /// The sequence on that stream; 0 if nothing was acknowledged.
     pub sequence: u64,
     /// The subjects that the consumer was filtered by; empty for the whole stream.
     pub subjects: Vec<String>,
@@ -53,8 +56,11 @@ pub struct AckFloor {
 /// A watermark.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Watermark {
+    /// The random name under which both sides store it: 32 hex digits.
     pub name: String,
+    /// When it was written, on the database's clock.
     pub written_at: Timestamp,
+    /// The state of the broker just before that.
     pub seen: BrokerState,
 }
 
@@ -74,8 +80,11 @@ pub struct Watermarks {
 /// The place where a recovery found an output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecoveredOutput {
+    /// The value of `Nats-Msg-Id`.
     pub id: String,
+    /// The name of the stream that holds it.
     pub stream: String,
+    /// The sequence on that stream.
     pub stream_sequence: u64,
 }
 

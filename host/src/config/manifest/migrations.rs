@@ -14,6 +14,7 @@ use crate::model::sql::Dialect;
 pub struct WorkerMigration {
     /// The file name; migrations run in the order of their names.
     pub name: String,
+    /// The content of the file: one or more statements.
     pub sql: String,
 }
 

@@ -41,6 +41,7 @@ pub struct Manifest {
 /// `[[stream]]`: a JetStream stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stream {
+    /// The name, unique in the manifest and in its NATS account.
     pub name: String,
     /// The subjects it captures, wildcards allowed.
     pub subjects: Vec<String>,
@@ -56,7 +57,9 @@ pub struct Stream {
 /// `[[worker]]` in a manifest: the worker, and the location of its parts on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerEntry {
+    /// The worker as it is deployed.
     pub worker: Worker,
+    /// The crate, or the component with its build command.
     pub source: Source,
     /// The folder of its migrations.
     pub migrations: Option<PathBuf>,
@@ -71,7 +74,9 @@ pub enum Source {
     Crate(PathBuf),
     /// A component, and the command that builds it.
     Component {
+        /// The component, a `.wasm` file.
         path: PathBuf,
+        /// The command that builds the file; `None` if the file exists already.
         build: Option<String>,
     },
 }
@@ -79,6 +84,7 @@ pub enum Source {
 /// A worker with all defaults filled in. Deployments store it as JSON, and hosts run it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Worker {
+    /// The name, unique in an installation.
     pub name: String,
     /// The stream it consumes; `None` for a worker that answers HTTP requests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -112,8 +118,10 @@ pub struct Worker {
     /// JetStream redelivers a message after this long without an acknowledgement or progress.
     #[serde(with = "units::duration")]
     pub ack_wait: Duration,
+    /// `[worker.retry]`: the number of attempts, and the waits between them.
     #[serde(default)]
     pub retry: RetryPolicy,
+    /// `[worker.limits]`: the limits of one attempt.
     #[serde(default)]
     pub limits: Limits,
     /// The alarm thresholds.
@@ -181,7 +189,9 @@ impl Default for Limits {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum OrderingKey {
+    /// The value of the header with this name.
     Header(String),
+    /// The token of the subject at this position, counted from 1.
     Subject(usize),
 }
 

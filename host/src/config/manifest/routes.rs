@@ -37,6 +37,7 @@ pub struct Route {
     /// The allowed methods; empty for all.
     #[serde(default)]
     pub methods: Vec<String>,
+    /// Whether POST and PATCH require an idempotency key.
     #[serde(default)]
     pub idempotency_key: KeyRule,
     /// How long a key gets the stored response.
@@ -45,6 +46,7 @@ pub struct Route {
     /// How long a request waits for another request in progress with its key.
     #[serde(with = "units::duration")]
     pub wait: Duration,
+    /// The failures that are stored and returned to later requests with the same key.
     #[serde(default)]
     pub store_failures: StoreFailures,
     /// The maximum size of a request body, in bytes.
@@ -66,6 +68,7 @@ pub struct CachePolicy {
     /// Invalidating one of these tags invalidates the response. `{name}` stands for a part of the
     /// path.
     pub tags: Vec<String>,
+    /// The callers that may receive a cached response.
     pub cache_scope: CacheScope,
 }
 
@@ -88,6 +91,7 @@ pub enum KeyRule {
     /// optional.
     #[default]
     Required,
+    /// Never required. A request without a key runs each time it is sent.
     Optional,
 }
 

@@ -91,8 +91,11 @@ const EXTENSIONS_VOLATILE: [&str; 10] = [
 /// A function as described by the server's catalog.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Function {
+    /// The schema that it belongs to.
     pub schema: String,
+    /// The name without schema; overloads share it.
     pub name: String,
+    /// Whether it is declared volatile: its result may change, or it has side effects.
     pub is_volatile: bool,
     /// The extension that it belongs to.
     pub extension: Option<String>,

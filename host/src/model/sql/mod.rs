@@ -15,7 +15,9 @@ pub use functions::{Function, Functions};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dialect {
+    /// PostgreSQL.
     Postgres,
+    /// SQLite.
     Sqlite,
 }
 
@@ -24,20 +26,31 @@ pub enum Dialect {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Value {
+    /// SQL null, of any type.
     Null,
+    /// A boolean; an integer 0 or 1 on SQLite.
     Boolean(bool),
+    /// An integer of any size up to 64 bits.
     Int64(i64),
+    /// A double-precision float, possibly infinite or not a number.
     #[serde(with = "float_text")]
     Float64(f64),
+    /// An exact decimal in text form, such as `12.50`; text on SQLite.
     Decimal(String),
+    /// Text in UTF-8.
     Text(String),
+    /// Bytes: `bytea` on PostgreSQL, a blob on SQLite.
     #[serde(with = "base64_text")]
     Bytes(Vec<u8>),
+    /// A UUID in text form; text on SQLite.
     Uuid(String),
+    /// JSON text (`json` and `jsonb`); text on SQLite.
     Json(String),
     /// Microseconds since the Unix epoch, UTC.
     Timestamp(i64),
+    /// A date as `2026-01-31`; text on SQLite.
     Date(String),
+    /// A time of day as `13:05:59.25`; text on SQLite.
     Time(String),
 }
 
@@ -72,7 +85,9 @@ pub fn are_large(params: &[Value]) -> bool {
 /// Rows, and the names of their columns. The names are only known if there is a row.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rows {
+    /// The names of the columns, in order.
     pub columns: Vec<String>,
+    /// The rows; each as long as `columns`.
     pub rows: Vec<Vec<Value>>,
 }
 
@@ -104,7 +119,9 @@ mod float_text {
 pub struct DatabaseError {
     /// SQLSTATE, or SQLite's extended result code in decimal.
     pub code: String,
+    /// The error message of the database.
     pub message: String,
+    /// The violated constraint, where the database names it.
     pub constraint: Option<String>,
 }
 
@@ -112,14 +129,21 @@ pub struct DatabaseError {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SqlError {
+    /// A constraint was violated.
     ConstraintViolation(DatabaseError),
     /// Another transaction interfered. Running the delivery again resolves it.
     Conflict(DatabaseError),
+    /// The database refused the statement for another reason.
     QueryFailed(DatabaseError),
+    /// Workers may not run this kind of statement.
     NotAllowed(String),
+    /// A parameter does not parse as its type.
     InvalidParameter(String),
+    /// A column has a type without a [`Value`].
     UnsupportedType(String),
+    /// The statement or its result exceeds the limits, or there are too many statements.
     TooLarge(String),
+    /// The time limit of the delivery was reached.
     Timeout,
     /// The transaction is aborted.
     TransactionFailed(String),
@@ -148,6 +172,8 @@ impl std::fmt::Display for SqlError {
 /// The largest result of one statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SqlLimits {
+    /// The maximum number of rows.
     pub rows: usize,
+    /// The maximum of [`Rows::size`], in bytes.
     pub bytes: usize,
 }
