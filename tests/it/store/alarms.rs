@@ -407,7 +407,8 @@ async fn a_failure_that_returns_later_is_new_again(world: World) {
         .notices;
     assert_eq!(back.len(), 1);
     assert!(
-        back[0].id().ends_with(":2:raised") && back[0].text().contains("dead-letters messages again"),
+        back[0].id().ends_with(":2:raised")
+            && back[0].text().contains("dead-letters messages again"),
         "{}",
         back[0].text()
     );
