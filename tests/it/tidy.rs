@@ -1,6 +1,6 @@
 //! The structure of the sources: layers, owners of libraries, places of `unsafe`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -143,6 +143,65 @@ fn a_module_imports_modules_of_lower_layers_only() -> Result<()> {
         layers.iter().flatten().count(),
         "lib.rs lists a module without files"
     );
+    Ok(())
+}
+
+/// The files of a module that each of its files imports from, by name without extension.
+fn imports_within(folder: &Path) -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let name = |path: &Path| {
+        let below = path.strip_prefix(folder).unwrap_or(path);
+        let first = below.components().next();
+        first.map_or_else(String::new, |first| {
+            let first = first.as_os_str().to_string_lossy();
+            first.trim_end_matches(".rs").to_owned()
+        })
+    };
+    let sources = sources(folder)?;
+    let files: BTreeSet<String> = sources.iter().map(|(path, _)| name(path)).collect();
+    let parent = folder.file_name().context("find the module's name")?;
+    let absolute = format!("crate::{}::", parent.to_string_lossy());
+    let mut imports: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (path, text) in &sources {
+        let own = name(path);
+        // The module's own file only declares and re-exports the others.
+        if own == "mod" {
+            continue;
+        }
+        let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+        let used = names_after(text, &absolute)
+            .into_iter()
+            .chain(names_after(text, "super::"));
+        let used = used.filter(|used| files.contains(*used) && *used != own);
+        let entry = imports.entry(own.clone()).or_default();
+        entry.extend(used.map(str::to_owned));
+    }
+    Ok(imports)
+}
+
+#[test]
+fn no_file_of_guest_imports_itself_through_others() -> Result<()> {
+    let mut imports = imports_within(&repository().join("host/src/guest"))?;
+    assert!(
+        imports.len() > 10 && imports["call"].contains("state"),
+        "{imports:?}"
+    );
+
+    // Files that import nothing of the module are taken away until none is left.
+    while !imports.is_empty() {
+        let leaves: BTreeSet<String> = imports
+            .iter()
+            .filter(|(_, used)| used.is_empty())
+            .map(|(file, _)| file.clone())
+            .collect();
+        assert!(
+            !leaves.is_empty(),
+            "files import each other in a circle: {imports:?}"
+        );
+        imports.retain(|file, _| !leaves.contains(file));
+        for used in imports.values_mut() {
+            used.retain(|file| !leaves.contains(file));
+        }
+    }
     Ok(())
 }
 

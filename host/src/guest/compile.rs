@@ -23,7 +23,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::engine;
+use super::code;
 use crate::config::CompileSettings;
 use crate::model::hint::{WithHint, hints};
 use crate::model::units;
@@ -458,7 +458,7 @@ fn exit_when_stdin_closes() -> Result<()> {
 /// Returns machine code, or the reason why the component is invalid, or the panic of the compiler.
 fn compile_in_process(wasm: &[u8]) -> Result<Result<Vec<u8>, String>, String> {
     panic::set_hook(Box::new(|_| {}));
-    let compiled = panic::catch_unwind(AssertUnwindSafe(|| engine::precompile(wasm)));
+    let compiled = panic::catch_unwind(AssertUnwindSafe(|| code::precompile(wasm)));
     match compiled {
         Ok(Ok(code)) => Ok(Ok(code)),
         Ok(Err(error)) => Ok(Err(format!("{error:#}"))),

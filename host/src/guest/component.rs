@@ -7,8 +7,8 @@ use wasmtime_wasi_http::p2::bindings::exports::wasi::http::incoming_handler;
 
 use super::bindings::AnyWorker;
 use super::bindings::exports::oncely::worker::{batch_handler, handler};
-use super::call::CallState;
 use super::engine::{GuestEngine, blocking};
+use super::state::CallState;
 use crate::component::{self, Handler, Surface};
 
 /// A component that is ready to run. Each message gets an instance of it. Cheap to clone.

@@ -10,8 +10,9 @@ use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use wasmtime::component::Component;
-use wasmtime::{Config, Enabled, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};
+use wasmtime::{Enabled, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};
 
+use super::code::{MEMORY_MAX, code_config};
 use super::compile::{CompileError, Compiler, ComponentDigest};
 use crate::component;
 use crate::config::CompileSettings;
@@ -19,9 +20,6 @@ use crate::model::hint::WithHint;
 
 /// How often running guests check their deadline.
 pub const EPOCH_INTERVAL: Duration = Duration::from_millis(10);
-
-/// Maximum memory of one guest instance, in bytes. The limit of a manifest may be lower.
-pub const MEMORY_MAX: usize = 512 << 20;
 
 /// Maximum number of guests that run at the same time in one host.
 const INSTANCES_MAX: u32 = 256;
@@ -211,19 +209,6 @@ fn deserialize(engine: &Engine, code: &[u8]) -> Result<Component> {
     unsafe { Component::deserialize(engine, code) }.map_err(anyhow::Error::from)
 }
 
-/// Compiles a component in this process, for engines like that of [`GuestEngine`].
-///
-/// # Errors
-/// The component is not valid WebAssembly.
-pub(super) fn precompile(wasm: &[u8]) -> Result<Vec<u8>> {
-    let engine = Engine::new(&code_config())
-        .map_err(anyhow::Error::from)
-        .context("start the compiler")?;
-    engine
-        .precompile_component(wasm)
-        .map_err(anyhow::Error::from)
-}
-
 /// Writes a compiled component atomically.
 fn write_compiled(code: &[u8], path: &Path) -> Result<()> {
     let sum = Sha256::digest(code);
@@ -260,26 +245,6 @@ fn pooled_engine() -> Result<Engine> {
     let mut config = code_config();
     config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
     Engine::new(&config).map_err(anyhow::Error::from)
-}
-
-/// The settings that the machine code depends on. The compiler process and the host use the same.
-fn code_config() -> Config {
-    let mut config = Config::new();
-    config
-        .memory_init_cow(true)
-        // A snapshot of an interpreter has about 12 MB, mostly data. It is mapped instead of copied
-        // for each message.
-        .memory_guaranteed_dense_image_size(64 << 20)
-        .memory_reservation(MEMORY_MAX as u64)
-        .memory_guard_size(32 << 20)
-        .epoch_interruption(true)
-        .max_wasm_stack(512 << 10)
-        .async_stack_size(2 << 20)
-        .wasm_memory64(false)
-        // Composed components copy from one memory to another.
-        .wasm_multi_memory(true)
-        .concurrency_support(false);
-    config
 }
 
 /// Increments the epoch of the engine as long as the engine exists.

@@ -8,26 +8,15 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use tokio::sync::oneshot;
 use wasmtime::Store;
 use wasmtime::component::Instance;
+use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::p2::bindings::exports::wasi::http::incoming_handler;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
-use wasmtime_wasi_http::{
-    Error, RequestOptions, WasiBody, WasiHttpCtxView, WasiHttpHooks, WasiHttpView,
-};
 
-use super::call::{CallFailure, CallState, FailureKind, HandlerResult};
+use super::failure::{CallFailure, FailureKind, HandlerResult};
+use super::state::CallState;
 use crate::model::message::Headers;
 use crate::model::request::{HttpRequest, HttpResponse};
-
-/// The inputs of an HTTP worker.
-pub struct RequestCall {
-    /// The request, read to its end.
-    pub request: HttpRequest,
-    /// Id of this invocation, if it differs from that of the message.
-    pub id: Option<String>,
-    /// Whether the transaction may write.
-    pub may_write: bool,
-}
 
 /// How long reading the rest of a response may take after its handler has returned. All of it is in
 /// memory by then.
@@ -189,36 +178,4 @@ pub fn header_to_bytes(text: &str) -> Vec<u8> {
     text.chars()
         .filter_map(|char| u8::try_from(u32::from(char)).ok())
         .collect()
-}
-
-impl WasiHttpView for CallState {
-    fn http(&mut self) -> WasiHttpCtxView<'_> {
-        let (ctx, hooks, table) = self.http_parts();
-        WasiHttpCtxView { hooks, table, ctx }
-    }
-}
-
-/// Denies outgoing HTTP requests. The outbox is the only output of a guest.
-#[derive(Debug, Default)]
-pub(super) struct DenyOutgoingHttp;
-
-impl WasiHttpHooks for DenyOutgoingHttp {
-    fn send_request(
-        &mut self,
-        _: hyper::Request<WasiBody>,
-        _: Option<RequestOptions>,
-        _: Box<dyn Future<Output = Result<(), Error>> + Send>,
-    ) -> Box<
-        dyn Future<
-                Output = Result<
-                    (
-                        hyper::Response<WasiBody>,
-                        Box<dyn Future<Output = Result<(), Error>> + Send>,
-                    ),
-                    Error,
-                >,
-            > + Send,
-    > {
-        Box::new(std::future::ready(Err(Error::HttpRequestDenied)))
-    }
 }

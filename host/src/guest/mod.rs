@@ -7,11 +7,14 @@
 //! through the [`Database`] of the call. The [`CallOutcome`] holds all effects, and the delivery
 //! commits or discards them.
 
+mod backends;
 mod bindings;
 mod call;
+mod code;
 mod compile;
 mod component;
 mod engine;
+mod failure;
 mod http;
 mod imports;
 mod kind;
@@ -19,16 +22,17 @@ mod limiter;
 mod logs;
 mod record;
 mod recorder;
+mod state;
 mod wasi;
 
-pub use call::{
-    Call, CallFailure, CallOutcome, FailureKind, HandlerResult, ReplayProgress, WarmInstance,
-};
+pub use backends::{CacheReader, CachedValue, Database};
+pub use call::{CallOutcome, WarmInstance};
 pub use compile::{COMMAND as COMPILE_COMMAND, compile_component};
 pub use component::Guest;
 pub use engine::GuestEngine;
-pub use http::{RequestCall, header_to_bytes, header_to_text};
-pub use imports::{CacheReader, CachedValue, Database};
+pub use failure::{CallFailure, FailureKind, HandlerResult};
+pub use http::{header_to_bytes, header_to_text};
 pub use kind::check_kind;
 pub use record::{HostCall, HostResult, RECORD_FORMAT, Record, Step};
-pub use recorder::{PlaybackEnd, Recorder};
+pub use recorder::{PlaybackEnd, Recorder, ReplayProgress};
+pub use state::{Call, RequestCall};

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::call::{CallFailure, FailureKind};
+use super::failure::{CallFailure, FailureKind};
 use crate::model::base64_text;
 use crate::model::keyed_state::StateEntry;
 use crate::model::message::{Headers, Message};

@@ -5,7 +5,6 @@
 
 use std::collections::VecDeque;
 
-use super::call::ReplayProgress;
 use super::record::{AttemptInputs, HostCall, HostResult, RECORD_MAX, Record, Step};
 
 /// Bytes that a step counts for besides its arguments and result.
@@ -46,6 +45,16 @@ pub enum PlaybackEnd {
     Truncated,
     /// The recorded result does not fit its call, so the record was edited.
     Mismatched(Box<HostCall>),
+}
+
+/// How far a replay went.
+pub struct ReplayProgress {
+    /// Number of calls that equal those of the record.
+    pub steps: usize,
+    /// The reason why the playback ended before the guest returned.
+    pub ended: Option<PlaybackEnd>,
+    /// The first recorded call that the guest did not make.
+    pub next: Option<HostCall>,
 }
 
 impl Recorder {

@@ -17,8 +17,8 @@ use wasmtime_wasi::p2::bindings::clocks::{monotonic_clock, wall_clock};
 use wasmtime_wasi::p2::bindings::io::poll;
 use wasmtime_wasi::p2::bindings::random::{insecure, insecure_seed, random};
 
-use super::call::CallState;
 use super::record::{HostCall, HostResult};
+use super::state::CallState;
 
 /// Maximum number of random bytes of one call.
 const RANDOM_MAX: u64 = 64 << 10;

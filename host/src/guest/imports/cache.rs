@@ -6,8 +6,8 @@ use bytes::Bytes;
 
 use super::READ_ONLY_REQUEST;
 use crate::guest::bindings::oncely::worker::cache;
-use crate::guest::call::CallState;
 use crate::guest::record::{HostCall, HostResult};
+use crate::guest::state::CallState;
 use crate::model::cache_writes::{
     CachePut, PUTS_SIZE_MAX, TAGS_MAX, TTL_MAX, VALUE_MAX, WRITES_MAX, check_name,
 };

@@ -5,21 +5,17 @@
 //! the delivery is returned to the guest and also recorded. A guest that ignores the error cannot
 //! prevent the failure.
 
-use std::sync::Arc;
 use std::time::Instant;
 
-use async_trait::async_trait;
-use bytes::Bytes;
 use wasmtime::Trap;
 
 use super::bindings::oncely::worker::{invocation, types};
 use super::bindings::wasi::config::store as config;
 use super::bindings::wasi::logging::logging;
-use super::call::{CallFailure, CallState, FailureKind};
+use super::failure::{CallFailure, FailureKind};
 use super::record::{HostCall, HostResult};
-use crate::model::keyed_state::StateSlot;
+use super::state::CallState;
 use crate::model::message::{self, Message};
-use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::model::units;
 
 mod cache;
@@ -29,57 +25,6 @@ mod state;
 
 /// Error for a read-only request that tries to change something.
 const READ_ONLY_REQUEST: &str = "a GET, HEAD or OPTIONS request is read-only";
-
-/// The transaction that `sql` and `state` of a guest use.
-///
-/// The outer error is that of the host, the inner error that of the guest. A started call completes
-/// even when its future is dropped. A stopped guest therefore never leaves the transaction in the
-/// middle of an operation.
-#[async_trait]
-pub trait Database: Send + Sync {
-    /// The SQL dialect of the guest's statements.
-    fn dialect(&self) -> Dialect;
-    /// Runs a statement and returns its rows.
-    ///
-    /// # Errors
-    /// Outer: the database is unavailable. Inner: it refused the statement, or the result exceeds
-    /// `limits`.
-    async fn query(
-        &self,
-        statement: String,
-        params: Vec<Value>,
-        limits: SqlLimits,
-    ) -> DatabaseResult<Rows>;
-    /// Runs a statement and returns the number of changed rows.
-    ///
-    /// # Errors
-    /// Outer: the database is unavailable. Inner: it refused the statement.
-    async fn execute(&self, statement: String, params: Vec<Value>) -> DatabaseResult<u64>;
-    /// The slot of a key of the worker's state, without an entry if the key does not exist.
-    ///
-    /// # Errors
-    /// The database is unavailable.
-    async fn load_state(&self, key: String) -> anyhow::Result<StateSlot>;
-}
-
-/// The cache that a guest reads. An unavailable cache reads as empty and is never an error.
-#[async_trait]
-pub trait CacheReader: Send + Sync {
-    /// The value under a key of the worker; `None` if it is missing or expired.
-    async fn get(&self, key: &str) -> Option<CachedValue>;
-}
-
-/// A cached value with its tags.
-#[derive(Debug, Clone)]
-pub struct CachedValue {
-    /// The bytes that the guest stored.
-    pub value: Bytes,
-    /// The tags that invalidate the value.
-    pub tags: Arc<[String]>,
-}
-
-/// The outer error is that of the host, the inner error that of the guest.
-pub type DatabaseResult<T> = anyhow::Result<Result<T, SqlError>>;
 
 impl CallState {
     /// Dooms the delivery. The first failure wins.

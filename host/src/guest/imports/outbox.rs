@@ -6,8 +6,9 @@ use bytes::Bytes;
 
 use super::READ_ONLY_REQUEST;
 use crate::guest::bindings::oncely::worker::outbox;
-use crate::guest::call::{CallState, FailureKind};
+use crate::guest::failure::FailureKind;
 use crate::guest::record::{HostCall, OutgoingMessage};
+use crate::guest::state::CallState;
 use crate::model::message::{
     self, DELAY_MAX, EVENT_ID_MAX, Headers, Message, Output, OutputKind, output_id,
 };

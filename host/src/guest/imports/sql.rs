@@ -3,8 +3,9 @@
 
 use super::READ_ONLY_REQUEST;
 use crate::guest::bindings::oncely::worker::sql;
-use crate::guest::call::{CallState, FailureKind};
+use crate::guest::failure::FailureKind;
 use crate::guest::record::{HostCall, HostResult};
+use crate::guest::state::CallState;
 use crate::model::sql::{
     self as sql_text, DatabaseError, Dialect, Rows, SqlError, StatementFacts, Value,
 };

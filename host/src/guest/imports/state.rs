@@ -4,8 +4,8 @@ use bytes::Bytes;
 
 use super::READ_ONLY_REQUEST;
 use crate::guest::bindings::oncely::worker::state;
-use crate::guest::call::CallState;
 use crate::guest::record::{HostCall, HostResult};
+use crate::guest::state::CallState;
 use crate::model::keyed_state::{StateEntry, StateSlot};
 use crate::model::message::EVENT_ID_MAX;
 

@@ -1,0 +1,40 @@
+//! Machine code of components: the settings it depends on, and its compilation.
+
+use anyhow::{Context, Result};
+use wasmtime::{Config, Engine};
+
+/// Maximum memory of one guest instance, in bytes. The limit of a manifest may be lower.
+pub(super) const MEMORY_MAX: usize = 512 << 20;
+
+/// Compiles a component in this process, for engines like that of [`GuestEngine`].
+///
+/// # Errors
+/// The component is not valid WebAssembly.
+pub(super) fn precompile(wasm: &[u8]) -> Result<Vec<u8>> {
+    let engine = Engine::new(&code_config())
+        .map_err(anyhow::Error::from)
+        .context("start the compiler")?;
+    engine
+        .precompile_component(wasm)
+        .map_err(anyhow::Error::from)
+}
+
+/// The settings that the machine code depends on. The compiler process and the host use the same.
+pub(super) fn code_config() -> Config {
+    let mut config = Config::new();
+    config
+        .memory_init_cow(true)
+        // A snapshot of an interpreter has about 12 MB, mostly data. It is mapped instead of copied
+        // for each message.
+        .memory_guaranteed_dense_image_size(64 << 20)
+        .memory_reservation(MEMORY_MAX as u64)
+        .memory_guard_size(32 << 20)
+        .epoch_interruption(true)
+        .max_wasm_stack(512 << 10)
+        .async_stack_size(2 << 20)
+        .wasm_memory64(false)
+        // Composed components copy from one memory to another.
+        .wasm_multi_memory(true)
+        .concurrency_support(false);
+    config
+}

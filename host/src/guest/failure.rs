@@ -1,0 +1,317 @@
+//! Failures of a call: returned by the handler, or caused by a trap, a timeout or a limit.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use wasmtime::Trap;
+
+use super::bindings::oncely::worker::types as wit;
+use super::limiter::Limiter;
+use crate::model::verdict::PANIC_PREFIX;
+
+/// The result of a handler for one message.
+pub type HandlerResult = Result<(), CallFailure>;
+
+/// The failure of a call that was caused by the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallFailure {
+    /// How the failure is handled, for example whether it is retried.
+    pub kind: FailureKind,
+    /// The handler's own code, or a code of the host such as `trap` or `timeout`.
+    pub code: Option<String>,
+    /// Readable text for operators.
+    pub message: String,
+    /// Names of the functions that were running at the trap, innermost first.
+    pub frames: Vec<String>,
+}
+
+/// How a failed call is handled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureKind {
+    /// Retried after the backoff of the worker's retry policy.
+    Retry,
+    /// A trap caused by the guest on every host. Retried like `Retry`.
+    Trap,
+    /// Retried after this long or later, as the handler requested.
+    RetryAfter(Duration),
+    /// Dead-lettered at once, as the handler requested.
+    Reject,
+    /// The guest sent an output that its manifest or its limits do not permit.
+    OutputRefused,
+    /// A conflict with another transaction. It does not count as an attempt.
+    Conflict,
+}
+
+impl CallFailure {
+    /// Adds the panic message and its source file from the log output of a trapped guest. The file
+    /// becomes the innermost frame, because the panicking function is often inlined.
+    pub(super) fn with_panic_location(mut self, logs: &str) -> Self {
+        if self.code.as_deref() == Some("trap")
+            && let Some(panic) = panic_message(logs)
+        {
+            self.message = match self.message.split_once(UNREACHABLE) {
+                Some((_, place)) => format!("{PANIC_PREFIX}{panic}{place}"),
+                None => format!("{}; last output: {panic}", self.message),
+            };
+        }
+        let said = logs
+            .lines()
+            .rev()
+            .find_map(|line| line.split_once(" panicked at "));
+        if let (Some((_, place)), false) = (said, self.frames.is_empty()) {
+            let file = place.split(':').next().unwrap_or_default();
+            // The leading folders differ between build machines.
+            let parts: Vec<&str> = file.rsplit('/').take(3).collect();
+            let file: Vec<&str> = parts.into_iter().rev().collect();
+            self.frames
+                .insert(0, format!("panic in {}", file.join("/")));
+        }
+        self
+    }
+
+    /// A failure with a code and a readable message, without frames.
+    pub fn new(kind: FailureKind, code: &str, message: impl Into<String>) -> Self {
+        CallFailure {
+            kind,
+            code: Some(code.to_owned()),
+            message: message.into(),
+            frames: Vec::new(),
+        }
+    }
+}
+
+/// Converts a failure that the handler returned. Long texts are clipped.
+pub(super) fn failure_from_wit(failure: wit::Failure) -> CallFailure {
+    let kind = match failure.kind {
+        wit::FailureKind::Retry => FailureKind::Retry,
+        wit::FailureKind::RetryAfter(after) => {
+            FailureKind::RetryAfter(Duration::from_millis(after))
+        }
+        wit::FailureKind::Reject => FailureKind::Reject,
+    };
+    let clip = |text: String, limit: usize| {
+        text.chars()
+            .filter(|c| *c != '\0')
+            .take(limit)
+            .collect::<String>()
+    };
+    let (code, message) = (
+        failure.code.map(|code| clip(code, 64)),
+        clip(failure.message, 4_000),
+    );
+    CallFailure {
+        kind,
+        code,
+        message,
+        frames: Vec::new(),
+    }
+}
+
+/// Checks that a batch handler returned one result for each message.
+pub(super) fn check_result_count(
+    messages: usize,
+    answers: Vec<HandlerResult>,
+) -> Result<Vec<HandlerResult>, CallFailure> {
+    if answers.len() == messages {
+        return Ok(answers);
+    }
+    let why = format!(
+        "the batch handler received {messages} messages and returned {} results",
+        answers.len()
+    );
+    Err(CallFailure::new(
+        FailureKind::Retry,
+        "wrong-result-count",
+        why,
+    ))
+}
+
+/// The failure of a doomed delivery, regardless of the handler result. After a failed statement the
+/// handler may still choose to reject the message or to delay the retry.
+pub(super) fn doomed_failure(
+    result: Result<Vec<HandlerResult>, CallFailure>,
+    doom: CallFailure,
+) -> CallFailure {
+    // In a batch it is unknown which message ran the failed statement.
+    let own = result
+        .ok()
+        .filter(|answers| answers.len() == 1)
+        .and_then(|answers| answers.into_iter().next());
+    match own {
+        Some(Err(own))
+            if doom.kind == FailureKind::Retry
+                && matches!(own.kind, FailureKind::Reject | FailureKind::RetryAfter(_)) =>
+        {
+            own
+        }
+        _ => doom,
+    }
+}
+
+pub(super) fn timeout_failure(time: Duration) -> CallFailure {
+    CallFailure::new(
+        FailureKind::Retry,
+        "timeout",
+        format!("the handler ran longer than its limit of {time:?} (`time` under [worker.limits])"),
+    )
+}
+
+/// Converts a trap into a failure.
+pub(super) fn trap_failure(
+    error: &wasmtime::Error,
+    limiter: &Limiter,
+    time: Duration,
+) -> CallFailure {
+    if limiter.refused_memory {
+        let limit = bytesize::ByteSize(limiter.memory_limit() as u64)
+            .display()
+            .iec();
+        return CallFailure::new(
+            FailureKind::Trap,
+            "out-of-memory",
+            format!(
+                "the handler requested more memory than its limit of {limit} (`memory` under \
+                 [worker.limits])"
+            ),
+        );
+    }
+    let frames = frames(error);
+    let place = frames
+        .first()
+        .map(|name| format!(" in {name}"))
+        .unwrap_or_default();
+    let failure = match error.downcast_ref::<Trap>() {
+        Some(Trap::Interrupt) => timeout_failure(time),
+        Some(Trap::StackOverflow) => CallFailure::new(
+            FailureKind::Trap,
+            "stack-overflow",
+            format!("the handler recursed too deep{place}"),
+        ),
+        Some(Trap::UnreachableCodeReached) => {
+            CallFailure::new(FailureKind::Trap, "trap", format!("{UNREACHABLE}{place}"))
+        }
+        Some(trap) => CallFailure::new(
+            FailureKind::Trap,
+            "trap",
+            format!("the handler trapped{place}: {trap}"),
+        ),
+        // An exit, a host call that exceeded a limit, or a failure of the machine.
+        None => CallFailure::new(
+            FailureKind::Retry,
+            "trap",
+            format!("the handler trapped{place}: {}", error.root_cause()),
+        ),
+    };
+    CallFailure { frames, ..failure }
+}
+
+/// The message for a trap without a panic message.
+const UNREACHABLE: &str = "the handler panicked or reached code that cannot be reached";
+
+/// Maximum length of a panic message, in characters.
+const PANIC_MESSAGE_MAX: usize = 500;
+
+/// Finds the panic message in the log output: of a Rust or Go panic, or the exception of another
+/// language.
+fn panic_message(logs: &str) -> Option<String> {
+    // A log entry of a handler is one line. A panic that the SDK logs has its line breaks escaped.
+    let logs = logs.replace("\\n", "\n");
+    let lines: Vec<&str> = logs.lines().collect();
+    let said = |at: usize| {
+        lines
+            .get(at)
+            .map(|line| line.trim())
+            .filter(|line| !line.is_empty())
+    };
+    let begins = |line: &&str, what: &str| line.trim_start().starts_with(what);
+    let after = |at: usize| lines.len().checked_sub(at).map(|_| at + 1).and_then(said);
+    let rust = lines
+        .iter()
+        .rposition(|line| line.contains(" panicked at "))
+        .and_then(after);
+    let go = || {
+        lines
+            .iter()
+            .rev()
+            .find_map(|line| line.trim().strip_prefix("panic: "))
+    };
+    let python = || {
+        let at = lines
+            .iter()
+            .rposition(|line| begins(line, "Traceback (most recent call last):"))?;
+        lines
+            .get(at + 1..)?
+            .iter()
+            .rev()
+            .find(|line| !line.trim().is_empty() && !line.starts_with(' '))
+            .copied()
+    };
+    let other = || {
+        let is_error = |line: &&&str| {
+            let name = line
+                .split(':')
+                .next()
+                .unwrap_or_default()
+                .trim_start_matches("Uncaught ");
+            line.contains(": ")
+                && (name.ends_with("Error") || name.ends_with("Exception"))
+                && !name.contains(' ')
+        };
+        lines.iter().rev().find(is_error).copied()
+    };
+    let message = rust.or_else(go).or_else(python).or_else(other)?;
+    Some(message.trim().chars().take(PANIC_MESSAGE_MAX).collect())
+}
+
+/// Maximum number of stored frames of a trap. It includes the frames of the panic machinery.
+const FRAMES_MAX: usize = 32;
+
+/// Demangled names of the running functions, innermost first, as far as the component has names.
+fn frames(error: &wasmtime::Error) -> Vec<String> {
+    let trace = error.downcast_ref::<wasmtime::WasmBacktrace>();
+    let frames = trace
+        .map(wasmtime::WasmBacktrace::frames)
+        .unwrap_or_default();
+    let names = frames.iter().filter_map(|frame| frame.func_name());
+    // The alternate form omits the hash, which differs between builds.
+    names
+        .take(FRAMES_MAX)
+        .map(|name| format!("{:#}", rustc_demangle::demangle(name)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panic_message_is_found_in_every_language() {
+        let words = |logs: &str| panic_message(logs).unwrap_or_default();
+        assert_eq!(
+            words("critical panic: panicked at src/panic.rs:7:5:\\nrequested panic\n"),
+            "requested panic"
+        );
+        let rust = "charging\n\nthread '<unnamed>' panicked at src/lib.rs:7:9:\nthe amount is negative\nnote: run with `X`\n";
+        assert_eq!(words(rust), "the amount is negative");
+        let python = "x\nTraceback (most recent call last):\n  File \"app.py\", line 3, in handle\n    raise ValueError(\"no\")\n\
+            ValueError: no\n";
+        assert_eq!(words(python), "ValueError: no");
+        assert_eq!(
+            words("Uncaught TypeError: x is undefined\n    at handle (app.js:3)\n"),
+            "Uncaught TypeError: x is undefined"
+        );
+        assert_eq!(
+            words("panic: runtime error: index out of range [3]\n\ngoroutine 1 [running]:\n"),
+            "runtime error: index out of range [3]"
+        );
+        for none in [
+            "",
+            "charging card 7\n",
+            "an Error happened: no\n",
+            "thread 'x' panicked at src/lib.rs:7:9:",
+        ] {
+            assert_eq!(panic_message(none), None, "{none}");
+        }
+    }
+}
