@@ -1,0 +1,158 @@
+//! The state of the workers of a host, for status, metrics and alarms.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::{Hold, Host};
+use crate::alarms::monitor::HostState;
+use crate::metrics::{Measured, MeasuredOutbox, MeasuredWal, MeasuredWorker};
+use crate::model::alarm::{Alarm, Kind};
+use crate::services::age;
+use crate::store::{OutboxLag, RelayMode};
+
+/// The state of one worker on a host.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct WorkerState {
+    pub worker: String,
+    /// The version that runs here.
+    pub version: Option<u32>,
+    pub digest: Option<String>,
+    pub stream: Option<String>,
+    pub subjects: Vec<String>,
+    /// The routes of an HTTP worker, such as `POST /transfers`.
+    #[serde(default)]
+    pub routes: Vec<String>,
+    /// `running`, `starting`, `broken`, `paused`, or `held` while database and broker disagree.
+    pub state: String,
+    /// The reason that it is broken or paused.
+    pub error: Option<String>,
+    /// The active version, if it cannot run.
+    #[serde(default)]
+    pub broken_version: Option<u32>,
+    /// Messages on its stream that are not handled yet; none when the broker does not answer.
+    pub pending: Option<u64>,
+    /// Age of the oldest pending message, in milliseconds; none when none is pending.
+    pub oldest_pending_ms: Option<u64>,
+    pub done: u64,
+    pub duplicates: u64,
+    pub retries: u64,
+    pub dead: u64,
+}
+
+impl Host {
+    /// The workers of this host, by name.
+    pub async fn workers(&self) -> Vec<WorkerState> {
+        let is_held = self.hold().is_some();
+        self.workers
+            .lock()
+            .await
+            .iter()
+            .map(|(name, slot)| slot.state(name, is_held))
+            .collect()
+    }
+
+    /// Like [`Host::workers`], with the pending messages of their streams.
+    pub async fn workers_with_backlog(&self) -> Vec<WorkerState> {
+        let is_held = self.hold().is_some();
+        let workers = self.workers.lock().await;
+        let mut states = Vec::new();
+        for (name, slot) in workers.iter() {
+            let mut state = slot.state(name, is_held);
+            if let Some(running) = &slot.running {
+                let unhandled = running.unhandled().await;
+                state.pending = unhandled.map(|unhandled| unhandled.messages);
+                state.oldest_pending_ms = unhandled.and_then(age).map(|age| age.as_millis() as u64);
+            }
+            states.push(state);
+        }
+        states
+    }
+
+    /// All metrics of this host in the text format of Prometheus.
+    pub async fn metrics_text(&self) -> Result<String> {
+        let outbox = self.services.store.outbox_lag().await.ok();
+        let alarms = self.services.store.alarms().await.unwrap_or_default();
+        let measured = Measured {
+            is_database_writable: outbox.is_some()
+                && self.services.health.database_error().is_none(),
+            nats_connected: self.services.bus.is_connected(),
+            outbox: outbox.map(|lags| lags.into_iter().map(measured_outbox).collect()),
+            workers: self.measure_workers().await,
+            breakers: self
+                .services
+                .relay_state
+                .breakers()
+                .into_iter()
+                .map(|breaker| (breaker.stream, breaker.state))
+                .collect(),
+            wal: self.services.relay_state.wal().map(|log| MeasuredWal {
+                is_active: log.mode == RelayMode::Wal,
+                is_reader: self.services.relay_state.reads_wal(),
+                lag: log.lag,
+                retained: log.slot.map_or(0, |slot| slot.retained),
+            }),
+            alarms: self.measure_alarms(&alarms).await,
+            cache: self.services.cache.measure(),
+        };
+        self.services
+            .metrics
+            .text(&measured)
+            .context("write the metrics")
+    }
+
+    /// All kinds of alarms for each worker, raised or not: a missing series cannot be compared.
+    async fn measure_alarms(&self, standing: &[Alarm]) -> Vec<(String, Kind, bool)> {
+        let workers = self.workers.lock().await;
+        let names: BTreeSet<&str> = workers
+            .keys()
+            .map(String::as_str)
+            .chain(standing.iter().map(|alarm| alarm.worker.as_str()))
+            .collect();
+        let kinds = || Kind::ALL.into_iter().filter(|kind| *kind != Kind::Database);
+        let none = names
+            .into_iter()
+            .flat_map(|worker| kinds().map(|kind| (worker.to_owned(), kind, false)));
+        let raised = standing.iter().filter(|alarm| alarm.is_raised());
+        none.chain(raised.map(|alarm| (alarm.worker.clone(), alarm.kind, true)))
+            .collect()
+    }
+
+    async fn measure_workers(&self) -> Vec<MeasuredWorker> {
+        let workers = self.workers.lock().await;
+        let running = workers.values().filter_map(|slot| slot.running.as_ref());
+        let measured = running.map(|running| async move {
+            let unhandled = running.unhandled().await;
+            MeasuredWorker {
+                worker: running.worker().name.clone(),
+                in_flight: running.in_flight(),
+                unhandled: unhandled.map(|unhandled| unhandled.messages),
+                oldest: unhandled.map(|unhandled| age(unhandled).unwrap_or_default()),
+            }
+        });
+        futures::future::join_all(measured).await
+    }
+
+    /// The state of this host that alarms depend on.
+    pub(super) async fn state_for_alarms(&self) -> HostState {
+        let states = self.workers().await.into_iter();
+        let broken = states.filter(|state| state.state == "broken");
+        HostState {
+            is_restored: matches!(self.hold(), Some(Hold::Restored(_))),
+            broken: broken
+                .map(|state| (state.worker, state.error.unwrap_or_default()))
+                .collect(),
+        }
+    }
+}
+
+fn measured_outbox(lag: OutboxLag) -> MeasuredOutbox {
+    MeasuredOutbox {
+        worker: lag.worker,
+        unpublished: lag.unpublished,
+        oldest: lag.oldest_ms.map(Duration::from_millis),
+        parked: lag.parked,
+        held: lag.blocked,
+    }
+}
