@@ -9,6 +9,7 @@ use super::client::Client;
 use super::term;
 use crate::api::{Activated, WorkerOnHost};
 use crate::model::hint::WithHint;
+use crate::runtime::RunState;
 
 /// How long hosts may take, and how often they are polled.
 const ROLLOUT_TIMEOUT: Duration = Duration::from_secs(120);
@@ -91,11 +92,17 @@ fn rollout_state(on_host: &WorkerOnHost, version: u32) -> RolloutState {
         return RolloutState::Pending("has not started it yet".to_owned());
     };
     let why = || status.error.clone().unwrap_or_default();
-    match (status.state.as_str(), status.broken_version, status.version) {
-        ("broken", Some(broken), _) if broken == version => RolloutState::Failed(why()),
-        ("broken", None, Some(running)) if running == version => RolloutState::Failed(why()),
-        ("running" | "paused", None, Some(running)) if running == version => RolloutState::Running,
-        ("held", _, _) => RolloutState::Pending("waits until database and broker agree".to_owned()),
+    match (status.state, status.broken_version, status.version) {
+        (RunState::Broken, Some(broken), _) if broken == version => RolloutState::Failed(why()),
+        (RunState::Broken, None, Some(running)) if running == version => {
+            RolloutState::Failed(why())
+        }
+        (RunState::Running | RunState::Paused, None, Some(running)) if running == version => {
+            RolloutState::Running
+        }
+        (RunState::Held, _, _) => {
+            RolloutState::Pending("waits until database and broker agree".to_owned())
+        }
         (_, _, Some(running)) if running != version => {
             RolloutState::Pending(format!("still runs version {running}"))
         }

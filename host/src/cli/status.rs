@@ -199,7 +199,7 @@ fn show_totals(workers: &[WorkerState], totals: &[WorkerTotals]) -> Result<()> {
         let state = workers.iter().find(|state| state.worker == totals.worker);
         vec![
             totals.worker.clone(),
-            state.map_or("not here".to_owned(), |state| state.state.clone()),
+            state.map_or("not here".to_owned(), |state| state.state.to_string()),
             state
                 .and_then(|state| state.pending)
                 .map_or("-".to_owned(), |pending| pending.to_string()),
@@ -284,7 +284,7 @@ impl Workers {
                 state
                     .version
                     .map_or("-".to_owned(), |version| version.to_string()),
-                state.state.clone(),
+                state.state.to_string(),
                 state.stream.clone().unwrap_or_default(),
                 state.subjects.join(" "),
                 state

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
 use super::worker_entry::WorkerRuntime;
-use super::{Host, WorkerState};
+use super::{Host, RunState, WorkerState};
 use crate::bus::{
     Bus, ConsumerState, OtherInstallation, OutgoingMessage, Probe, StreamSpec, is_permanent_error,
     watermark_stream,
@@ -63,7 +63,7 @@ pub struct HostReport {
 pub struct WorkerReport {
     /// The running version.
     pub version: Option<u32>,
-    pub state: String,
+    pub state: RunState,
     /// The reason that it does not work, and the version concerned.
     pub error: Option<String>,
     pub broken_version: Option<u32>,

@@ -31,7 +31,7 @@ pub use retention::Retention;
 pub use retirement::RetiredWorker;
 pub use start::HostTasks;
 use worker_entry::Slot;
-pub use worker_state::WorkerState;
+pub use worker_state::{RunState, WorkerState};
 
 /// One running host.
 pub struct Host {
@@ -114,10 +114,10 @@ impl Host {
                 |state: &WorkerState| state.broken_version.or(state.version) == Some(*version);
             match state
                 .filter(|state| is_at(state))
-                .map(|state| (state.state.as_str(), &state.error))
+                .map(|state| (state.state, &state.error))
             {
-                Some(("running" | "paused", _)) => {}
-                Some(("broken", why)) => {
+                Some((RunState::Running | RunState::Paused, _)) => {}
+                Some((RunState::Broken, why)) => {
                     broken.push(format!(
                         "worker {worker} cannot run: {}",
                         why.as_deref().unwrap_or_default()

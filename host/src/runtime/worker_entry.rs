@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::WorkerState;
+use super::{RunState, WorkerState};
 use crate::bus::{ConsumerState, UnhandledMessages};
 use crate::config::manifest::Worker;
 use crate::consumer::RunningWorker;
@@ -110,11 +110,13 @@ impl Slot {
     pub(super) fn state(&self, name: &str, is_held: bool) -> WorkerState {
         let running = self.running.as_ref();
         let state = match (running, &self.broken, &self.standing) {
-            (_, Some(_), _) | (Some(_), None, ConsumerState::Missing(_)) => "broken",
-            (Some(_), None, ConsumerState::Paused(_)) => "paused",
-            (Some(running), None, ConsumerState::Active) if running.is_subscribed() => "running",
-            (None, None, _) if is_held => "held",
-            _ => "starting",
+            (_, Some(_), _) | (Some(_), None, ConsumerState::Missing(_)) => RunState::Broken,
+            (Some(_), None, ConsumerState::Paused(_)) => RunState::Paused,
+            (Some(running), None, ConsumerState::Active) if running.is_subscribed() => {
+                RunState::Running
+            }
+            (None, None, _) if is_held => RunState::Held,
+            _ => RunState::Starting,
         };
         let counters = running.and_then(|running| match running {
             WorkerRuntime::Messages(running) => Some(&running.counters),
@@ -134,7 +136,7 @@ impl Slot {
             routes: running
                 .map(|running| routes(running.worker()))
                 .unwrap_or_default(),
-            state: state.to_owned(),
+            state,
             pending: None,
             oldest_pending_ms: None,
             error: self.error(),

@@ -24,8 +24,8 @@ pub struct WorkerState {
     /// The routes of an HTTP worker, such as `POST /transfers`.
     #[serde(default)]
     pub routes: Vec<String>,
-    /// `running`, `starting`, `broken`, `paused`, or `held` while database and broker disagree.
-    pub state: String,
+    /// Whether it works here.
+    pub state: RunState,
     /// The reason that it is broken or paused.
     pub error: Option<String>,
     /// The active version, if it cannot run.
@@ -39,6 +39,34 @@ pub struct WorkerState {
     pub duplicates: u64,
     pub retries: u64,
     pub dead: u64,
+}
+
+/// Whether a worker works on a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RunState {
+    /// It is being prepared, or its subscription is yet to be confirmed.
+    Starting,
+    /// It takes messages or requests.
+    Running,
+    /// Its consumer is paused on the server.
+    Paused,
+    /// It cannot run, or its consumer is gone.
+    Broken,
+    /// It is not started while database and broker disagree.
+    Held,
+}
+
+impl std::fmt::Display for RunState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            RunState::Starting => "starting",
+            RunState::Running => "running",
+            RunState::Paused => "paused",
+            RunState::Broken => "broken",
+            RunState::Held => "held",
+        })
+    }
 }
 
 impl Host {
@@ -137,7 +165,7 @@ impl Host {
     /// The state of this host that alarms depend on.
     pub(super) async fn state_for_alarms(&self) -> HostState {
         let states = self.workers().await.into_iter();
-        let broken = states.filter(|state| state.state == "broken");
+        let broken = states.filter(|state| state.state == RunState::Broken);
         HostState {
             is_restored: matches!(self.hold(), Some(Hold::Restored(_))),
             broken: broken
