@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use axum::body::Bytes;
@@ -14,10 +14,11 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use support::books;
 use support::database::Kind;
+use support::eventually::{eventually, until_at_least};
 use support::metrics::{scrape, value};
 use support::nats::NewMessage;
 use support::production::RunningHost;
-use support::world::{PATIENCE, World, manifest};
+use support::world::{World, manifest};
 
 /// A webhook receiver on this machine.
 #[derive(Clone, Default)]
@@ -66,37 +67,29 @@ impl Receiver {
 
     /// Waits until `count` alarms were accepted and returns their bodies in that order.
     async fn until(&self, count: usize, world: &World) -> Result<Vec<Value>> {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            let taken = self.received.lock().unwrap().clone();
-            if taken.len() >= count {
-                return taken
-                    .iter()
-                    .map(|(_, body)| Ok(serde_json::from_slice(body)?))
-                    .collect();
-            }
-            ensure!(
-                Instant::now() < end,
-                "only {} of {count} alarms received; host log:\n{}",
-                taken.len(),
-                world.host_log()
-            );
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        let description = format!("{count} alarms are received");
+        let received = world
+            .eventually(description, || async {
+                let received = self.received.lock().unwrap().clone();
+                ensure!(received.len() >= count, "received only {}", received.len());
+                Ok(Some(received))
+            })
+            .await?;
+        received
+            .iter()
+            .map(|(_, body)| Ok(serde_json::from_slice(body)?))
+            .collect()
     }
 
     /// Switches the answer and waits until it was sent `times` times.
     async fn answer(&self, mode: u16, times: usize) -> Result<()> {
         self.mode.store(mode, Ordering::Relaxed);
-        let (before, end) = (
-            self.request_count.load(Ordering::Relaxed),
-            Instant::now() + PATIENCE,
-        );
-        while self.request_count.load(Ordering::Relaxed) < before + times {
-            ensure!(Instant::now() < end, "no request arrived");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Ok(())
+        let before = self.request_count.load(Ordering::Relaxed);
+        until_at_least("requests", before + times, || async {
+            Ok(self.request_count.load(Ordering::Relaxed))
+        })
+        .await
+        .map(drop)
     }
 }
 
@@ -142,32 +135,23 @@ async fn alarms_on_stream(world: &World) -> Result<Vec<String>> {
 }
 
 async fn until_alarms_on_stream(world: &World, expected: &[&str]) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let found = alarms_on_stream(world).await?;
-        if found == expected {
-            return Ok(());
-        }
-        ensure!(
-            Instant::now() < end,
-            "expected {expected:?}, found {found:?}; host log:\n{}",
-            world.host_log()
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    let description = format!("the alarm stream has {expected:?}");
+    world
+        .eventually(description, || async {
+            let found = alarms_on_stream(world).await?;
+            ensure!(found == expected, "found {found:?}");
+            Ok(Some(()))
+        })
+        .await
 }
 
 async fn until_metric(world: &World, series: &str, expected: f64) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
-    while value(&scrape(world).await?, series) != Some(expected) {
-        ensure!(
-            Instant::now() < end,
-            "expected {series} to be {expected}:\n{}",
-            scrape(world).await?
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    Ok(())
+    eventually(format!("{series} is {expected}"), || async {
+        let text = scrape(world).await?;
+        ensure!(value(&text, series) == Some(expected), "{text}");
+        Ok(Some(()))
+    })
+    .await
 }
 
 const RAISED: &str = r#"oncely_alarms{worker="test",alarm="new-failure"}"#;
@@ -436,7 +420,9 @@ both!(
             )
         };
         world.nats.publish_all((0..200).map(slow).collect()).await?;
-        world.until("select min(1) from oncely.inbox", 1).await?;
+        world
+            .until_at_least("select count(*) from oncely.inbox", 1)
+            .await?;
         world.nats.kill()?;
         until_metric(
             &world,

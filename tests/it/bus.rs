@@ -1,7 +1,6 @@
 //! The bus against a real nats-server: pull, ack, publish, and recovery from outages.
 
 use std::collections::{HashMap, HashSet};
-use std::future::Future;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +13,7 @@ use oncely::bus::{
 use oncely::config::Nats;
 use oncely::model::verdict::Settled;
 use oncely::store::{Claim, SqliteStore, Store};
+use support::eventually::eventually;
 use support::nats::{NatsServer, NewMessage};
 use tokio::time::timeout;
 
@@ -101,16 +101,6 @@ async fn context(nats: &NatsServer) -> Result<jetstream::Context> {
     Ok(jetstream::new(nats.client().await?))
 }
 
-/// Waits until a condition holds.
-async fn until<F: Future<Output = Result<bool>>>(what: &str, holds: impl Fn() -> F) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
-    while !holds().await? {
-        ensure!(Instant::now() < end, "timeout while waiting until {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    Ok(())
-}
-
 #[tokio::test]
 async fn an_acknowledged_message_is_gone_for_good() -> Result<()> {
     let (nats, bus) = world().await?;
@@ -127,8 +117,8 @@ async fn an_acknowledged_message_is_gone_for_good() -> Result<()> {
     );
     assert_eq!(probe.backlog().await?.ack_pending, 1);
     pulled.receipt.ack(&proof().await?).await?;
-    until("nothing waits for an ack", || async {
-        Ok(probe.backlog().await?.ack_pending == 0)
+    eventually("no ack is pending", || async {
+        Ok((probe.backlog().await?.ack_pending == 0).then_some(()))
     })
     .await?;
     assert!(
@@ -645,9 +635,9 @@ async fn pull_and_publish_resume_after_a_killed_broker() -> Result<()> {
     let (mut nats, bus) = world().await?;
     let mut pull = pull_from(&bus).await?;
     let pulling = tokio::spawn(async move { pull.next(10).await });
-    until("the broker is gone", {
-        nats.kill()?;
-        || async { Ok(!bus.is_connected()) }
+    nats.kill()?;
+    eventually("the connection breaks", || async {
+        Ok((!bus.is_connected()).then_some(()))
     })
     .await?;
     let answers = bus
@@ -672,8 +662,9 @@ async fn pull_and_publish_resume_after_a_killed_broker() -> Result<()> {
         "the reconnect took {:?}",
         published.elapsed()
     );
-    until("publishing works again", || async {
-        Ok(bus.publish(vec![outgoing("in.a", "1")]).await[0].is_ok())
+    eventually("publishing works again", || async {
+        let answers = bus.publish(vec![outgoing("in.a", "1")]).await;
+        Ok(answers[0].is_ok().then_some(()))
     })
     .await
 }

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use support::database::Kind;
+use support::eventually::eventually;
 use support::guests;
 use support::nats::NewMessage;
-use support::world::{PATIENCE, World, manifest, manifest_of};
+use support::world::{World, manifest, manifest_of};
 use wasm_encoder::{
     Alias, ComponentAliasSection, ComponentExportKind, ComponentInstanceSection, ComponentSection,
     RawSection,
@@ -271,19 +272,13 @@ fn compiling(world: &World) -> Result<Vec<u32>> {
 
 /// Waits until the host compiles, or until it has stopped compiling.
 async fn until_compiling(world: &World, wanted: bool) -> Result<Vec<u32>> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let found = compiling(world)?;
-        if found.is_empty() != wanted {
-            return Ok(found);
-        }
-        ensure!(
-            Instant::now() < end,
-            "compiler processes: {found:?}; host log:\n{}",
-            world.host_log()
-        );
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    world
+        .eventually(format!("the host compiles: {wanted}"), || async {
+            let found = compiling(world)?;
+            ensure!(found.is_empty() != wanted, "compiler processes: {found:?}");
+            Ok(Some(found))
+        })
+        .await
 }
 
 /// Messages counted by the worker `test`.
@@ -390,14 +385,13 @@ async fn compiling_ends_with_its_client_and_with_the_host() -> Result<()> {
     let compilers = until_compiling(&world, true).await?;
     world.kill_host()?;
     client.wait()?;
-    let end = Instant::now() + PATIENCE;
     for pid in compilers {
-        while std::fs::read_to_string(format!("/proc/{pid}/cmdline"))
-            .is_ok_and(|line| line.contains("compile-component"))
-        {
-            ensure!(Instant::now() < end, "process {pid} is still running");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        eventually(format!("process {pid} exits"), || async {
+            let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline"));
+            let is_running = line.is_ok_and(|line| line.contains("compile-component"));
+            Ok((!is_running).then_some(()))
+        })
+        .await?;
     }
     Ok(())
 }

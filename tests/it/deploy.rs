@@ -1,7 +1,5 @@
 //! New versions under load, and activation of earlier versions.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result};
 use support::books;
 use support::database::Kind;
@@ -67,18 +65,13 @@ both!(
 
 /// Waits until the host runs a version.
 async fn until_version(world: &World, version: u64) -> Result<()> {
-    for _ in 0..600 {
-        let workers = world.oncely_json(&["workers", "--json"]).await?;
-        if workers
-            .pointer("/0/version")
-            .and_then(serde_json::Value::as_u64)
-            == Some(version)
-        {
-            return Ok(());
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    anyhow::bail!("version {version} is not running:\n{}", world.host_log())
+    world
+        .eventually(format!("version {version} runs"), || async {
+            let workers = world.oncely_json(&["workers", "--json"]).await?;
+            anyhow::ensure!(workers[0]["version"] == version, "{workers}");
+            Ok(Some(()))
+        })
+        .await
 }
 
 /// The error and the hint of a refused deployment.

@@ -47,7 +47,9 @@ async fn two_hosts(kind: Kind) -> Result<()> {
     two.ready().await?;
 
     world.nats.publish_all(workload(0, 600)).await?;
-    world.until("select min(1) from oncely.inbox", 1).await?;
+    world
+        .until_at_least("select count(*) from oncely.inbox", 1)
+        .await?;
     std::fs::write(
         path,
         manifest(&format!("{settings}\n[worker.config]\nlabel = \"two\""))?,
@@ -128,7 +130,7 @@ async fn the_documented_nats_permissions_are_enough() -> Result<()> {
         )
         .await?;
     world
-        .until("select min(1) from oncely.watermark where stream_sequence is not null and broker_state like '%test%'", 1)
+        .until_at_least("select count(*) from oncely.watermark where stream_sequence is not null and broker_state like '%test%'", 1)
         .await?;
     world.stop_host().await?;
     world.start_host().await?;

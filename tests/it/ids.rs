@@ -1,6 +1,6 @@
 //! Event ids and output ids against publishers and workers that choose ids freely.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
@@ -9,7 +9,7 @@ use oncely::model::output_ids::{OUTPUT_ID_HEADER, OutputIds};
 use support::database::Kind;
 use support::guests;
 use support::nats::{NewMessage, Stored};
-use support::world::{PATIENCE, QUICK_RETRIES, World, manifest};
+use support::world::{QUICK_RETRIES, World, manifest};
 
 /// A second worker `other`, which consumes only `in.other` and publishes to the same stream.
 fn with_other(settings: &str) -> Result<String> {
@@ -35,19 +35,13 @@ fn with_headers(headers: &[(&str, &str)], behaviour: &str, options: &str) -> New
 }
 
 async fn until_stored(world: &World, stream: &str, count: usize) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let stored = world.nats.read_stream(stream).await?.len();
-        if stored == count {
-            return Ok(());
-        }
-        ensure!(
-            Instant::now() < end,
-            "{stream} holds {stored} messages, expected {count}:\n{}",
-            world.host_log()
-        );
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    world
+        .eventually(format!("{stream} has {count} messages"), || async {
+            let stored = world.nats.read_stream(stream).await?.len();
+            ensure!(stored == count, "it has {stored}");
+            Ok(Some(()))
+        })
+        .await
 }
 
 both!(
@@ -418,32 +412,21 @@ both!(
             world.oncely(&["dlq", "redrive", "1"]).await?.trim(),
             "redriven: 1; succeeded: 0; failed again: 1"
         );
-        let end = Instant::now() + PATIENCE;
-        loop {
-            let notices: Vec<String> = host_messages(&world, "ONCELY_DLQ")
-                .await?
-                .into_iter()
-                .map(|(id, _)| id)
-                .collect();
-            let alarms: Vec<String> = host_messages(&world, "ONCELY_ALARM")
-                .await?
-                .into_iter()
-                .map(|(id, _)| id)
-                .collect();
-            if notices.len() == 2
-                && alarms
+        world
+            .eventually("the notices and the alarm are published", || async {
+                let notices = host_messages(&world, "ONCELY_DLQ").await?;
+                let alarms = host_messages(&world, "ONCELY_ALARM").await?;
+                let ids = |messages: Vec<(String, Stored)>| -> Vec<String> {
+                    messages.into_iter().map(|(id, _)| id).collect()
+                };
+                let (notices, alarms) = (ids(notices), ids(alarms));
+                let is_raised = alarms
                     .iter()
-                    .any(|id| id == "alarm:test:dead-letters:1:raised")
-            {
-                return Ok(());
-            }
-            ensure!(
-                Instant::now() < end,
-                "{notices:?} {alarms:?}:\n{}",
-                world.host_log()
-            );
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+                    .any(|id| id == "alarm:test:dead-letters:1:raised");
+                ensure!(notices.len() == 2 && is_raised, "{notices:?} {alarms:?}");
+                Ok(Some(()))
+            })
+            .await
     }
 );
 
@@ -550,19 +533,15 @@ both!(
         )
         .await?;
         check_outputs_with_taken_ids(&world, kind).await?;
-        let end = Instant::now() + PATIENCE;
-        while !host_messages(&world, "ONCELY_ALARM")
-            .await?
-            .iter()
-            .any(|(id, _)| id == "alarm:test:id-taken:1:raised")
-        {
-            ensure!(
-                Instant::now() < end,
-                "no alarm was raised:\n{}",
-                world.host_log()
-            );
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        world
+            .eventually("the alarm is raised", || async {
+                let alarms = host_messages(&world, "ONCELY_ALARM").await?;
+                let is_raised = alarms
+                    .iter()
+                    .any(|(id, _)| id == "alarm:test:id-taken:1:raised");
+                Ok(is_raised.then_some(()))
+            })
+            .await?;
         let log = world.host_log();
         assert!(
             log.contains("id taken, publishing under another one"),

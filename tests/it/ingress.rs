@@ -10,6 +10,7 @@ use reqwest::StatusCode;
 use reqwest::header::HeaderMap;
 use serde_json::{Value, json};
 use support::database::Kind;
+use support::eventually::{eventually, eventually_within};
 use support::guests;
 use support::nats::Stored;
 use support::world::{PATIENCE, World};
@@ -165,15 +166,14 @@ async fn effects(world: &World, event: &str) -> Result<(i64, i64)> {
 
 /// The output stream, once it has `count` messages.
 async fn stored(world: &World, count: usize) -> Result<Vec<Stored>> {
-    let end = Instant::now() + Duration::from_secs(20);
-    loop {
+    let stored = eventually(format!("OUT has {count} messages"), || async {
         let stored = world.nats.read_stream("OUT").await?;
-        if stored.len() >= count || Instant::now() > end {
-            assert_eq!(stored.len(), count);
-            return Ok(stored);
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+        ensure!(stored.len() >= count, "it has {}", stored.len());
+        Ok(Some(stored))
+    })
+    .await?;
+    assert_eq!(stored.len(), count);
+    Ok(stored)
 }
 
 fn everything(event: &str) -> Value {

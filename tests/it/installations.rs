@@ -1,24 +1,22 @@
 //! Two databases on one NATS server: the second installation is refused.
 
+use std::future::ready;
 use std::process::{Child, ExitStatus};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use support::database::Kind;
+use support::eventually::eventually;
 use support::nats::NewMessage;
-use support::world::{PATIENCE, World, manifest};
+use support::world::{World, manifest};
 
 /// Waits for a process to exit.
 async fn ended(child: &mut Child) -> Result<ExitStatus> {
-    let end = Instant::now() + PATIENCE;
-    while Instant::now() < end {
-        if let Some(status) = child.try_wait().context("poll a host")? {
-            return Ok(status);
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+    let exits = || ready(child.try_wait().context("poll a host"));
+    let exited = eventually("a host of another installation exits", exits).await;
+    if exited.is_err() {
+        child.kill().context("kill a host")?;
     }
-    child.kill().context("kill a host")?;
-    anyhow::bail!("a host of another installation keeps running")
+    exited
 }
 
 async fn installation(world: &World) -> Result<String> {
@@ -88,9 +86,8 @@ both!(
         world.nats.publish_all(vec![NewMessage::insert(0)]).await?;
 
         // The worker is not even deployed.
-        while world.is_host_running() {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        let exits = || ready(Ok((!world.is_host_running()).then_some(())));
+        eventually("the host exits", exits).await?;
         let log = world.host_log();
         assert!(
             log.contains(
@@ -139,20 +136,13 @@ both!(
             .publish_all((10..30).map(NewMessage::insert).collect())
             .await?;
         let taken = support::database::Database::Sqlite(path);
-        let end = Instant::now() + PATIENCE;
-        while taken
-            .number("select count(*) from oncely.inbox")
-            .await
-            .unwrap_or_default()
-            < 20
-        {
-            anyhow::ensure!(
-                Instant::now() < end,
-                "the new installation handles nothing:\n{}",
-                world.host_log()
-            );
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        world
+            .eventually("the new installation has handled 20 messages", || async {
+                let handled = taken.number("select count(*) from oncely.inbox").await?;
+                anyhow::ensure!(handled >= 20, "it has handled {handled}");
+                Ok(Some(()))
+            })
+            .await?;
 
         // The first one has stopped handling, and refuses a recovery.
         assert_eq!(

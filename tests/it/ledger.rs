@@ -438,10 +438,8 @@ both!(
             .try_collect::<Vec<_>>();
         let orders = tokio::spawn(orders);
         for round in 1..=2 {
-            let some = "select case when count(*) >= 15 * {round} then 1 else 0 end from app.journal where amount = 7";
-            world
-                .until(&some.replace("{round}", &round.to_string()), 1)
-                .await?;
+            let transfers = "select count(*) from app.journal where amount = 7";
+            world.until_at_least(transfers, 15 * round).await?;
             world.kill_host()?;
             world.start_host().await?;
         }

@@ -46,6 +46,7 @@ mod operating;
 mod order;
 mod positions;
 mod relay;
+mod relay_modes;
 mod repair;
 
 mod dry_run;

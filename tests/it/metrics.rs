@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use oncely::metrics::Metrics;
 use serde_json::Value;
 use support::database::Kind;
+use support::eventually::eventually;
 use support::guests::repository;
 use support::metrics::{scrape, value};
 use support::nats::NewMessage;
@@ -67,17 +68,12 @@ both!(
         // Wait until the backlog is measured as empty.
         world.nats.publish_all(messages.to_vec()).await?;
         world.quiet(4).await?;
-        let settled = async {
-            loop {
-                let text = scrape(&world).await?;
-                if value(&text, r#"oncely_unhandled_messages{worker="test"}"#) == Some(0.0) {
-                    return anyhow::Ok(text);
-                }
-            }
-        };
-        let text = tokio::time::timeout(support::world::PATIENCE, settled)
-            .await
-            .context("wait until all messages are handled")??;
+        let text = eventually("all messages are handled", || async {
+            let text = scrape(&world).await?;
+            let unhandled = value(&text, r#"oncely_unhandled_messages{worker="test"}"#);
+            Ok((unhandled == Some(0.0)).then_some(text))
+        })
+        .await?;
         for (series, expected) in [
             (
                 r#"oncely_messages_total{worker="test",verdict="done"}"#,
@@ -140,19 +136,13 @@ both!(
                 r#"{"ms": 4000}"#,
             )])
             .await?;
-        let measured = async {
-            loop {
-                let text = scrape(&world).await?;
-                let age = value(&text, r#"oncely_unhandled_age_seconds{worker="test"}"#)
-                    .unwrap_or_default();
-                if age > 1.0 && value(&text, "oncely_unhandled_age_max_seconds") == Some(age) {
-                    return anyhow::Ok(());
-                }
-            }
-        };
-        tokio::time::timeout(support::world::PATIENCE, measured)
-            .await
-            .context("wait until the age is measured")??;
+        eventually("the age is measured", || async {
+            let text = scrape(&world).await?;
+            let age = value(&text, r#"oncely_unhandled_age_seconds{worker="test"}"#);
+            let max_age = value(&text, "oncely_unhandled_age_max_seconds");
+            Ok((age > Some(1.0) && max_age == age).then_some(()))
+        })
+        .await?;
         let status = world.oncely_json(&["status", "--json"]).await?;
         assert!(
             status

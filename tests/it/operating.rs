@@ -2,15 +2,24 @@
 //!
 //! A worker that cannot run reports why and does not affect others.
 
+use std::fs::File;
+use std::io::{ErrorKind, Read as _};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
 use async_nats::jetstream::stream::{Config, ConsumerLimits, RetentionPolicy};
+use support::books;
 use support::database::Kind;
+use support::eventually::eventually;
+use support::guests;
 use support::nats::{NatsServer, NewMessage};
 use support::postgres::Cluster;
-use support::world::{PATIENCE, World, manifest};
+use support::server::free_port;
+use support::world::{PATIENCE, World, manifest, signal};
 
 /// The manifest of a worker `other` beside `test`, on its own stream.
 fn other(stream: &str) -> Result<String> {
@@ -273,15 +282,13 @@ async fn the_hosts_own_streams_are_recreated() -> Result<()> {
         "ONCELY_CACHE",
     ] {
         jetstream.delete_stream(name).await?;
-        let end = Instant::now() + REPORTED_WITHIN;
-        while jetstream.get_stream(name).await.is_err() {
-            ensure!(
-                Instant::now() < end,
-                "{name} was not recreated:\n{}",
-                world.host_log()
-            );
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        let description = format!("{name} exists again");
+        world
+            .eventually_within(REPORTED_WITHIN, description, || async {
+                jetstream.get_stream(name).await?;
+                Ok(Some(()))
+            })
+            .await?;
     }
     until_status(&world, "ready: yes").await?;
 
@@ -320,19 +327,19 @@ async fn a_database_that_cannot_commit_makes_the_host_not_ready() -> Result<()> 
     );
 
     // The alarm bypasses the database.
-    let end = began + REPORTED_WITHIN;
-    loop {
-        let alarms = world.nats.read_stream("ONCELY_ALARM").await?;
-        let is_host_alarm = |alarm: &&support::nats::Stored| alarm.subject == "oncely.alarm._host";
-        if alarms.iter().find(is_host_alarm).is_some_and(|alarm| {
-            let body = String::from_utf8_lossy(&alarm.body);
-            body.contains("does not confirm commits") && body.contains("\"raised\"")
-        }) {
-            break;
-        }
-        ensure!(Instant::now() < end, "no alarm:\n{}", world.host_log());
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    let limit = REPORTED_WITHIN.saturating_sub(began.elapsed());
+    world
+        .eventually_within(limit, "the alarm is published", || async {
+            let alarms = world.nats.read_stream("ONCELY_ALARM").await?;
+            let mut alarms = alarms.iter();
+            let alarm = alarms.find(|alarm| alarm.subject == "oncely.alarm._host");
+            let is_raised = alarm.is_some_and(|alarm| {
+                let body = String::from_utf8_lossy(&alarm.body);
+                body.contains("does not confirm commits") && body.contains("\"raised\"")
+            });
+            Ok(is_raised.then_some(()))
+        })
+        .await?;
 
     // A changed setting takes effect without a commit.
     world.database.execute(&set("")).await?;
@@ -359,6 +366,120 @@ async fn a_locked_sqlite_file_makes_the_host_not_ready() -> Result<()> {
     );
     other.execute("rollback").await?;
     world.ready().await
+}
+
+/// The size of the disk in the test of a full disk.
+const DISK_SIZE: u64 = 12 << 20;
+
+/// The flags with which `unshare` permits a command to mount a file system on `folder`: as root, or
+/// in a user namespace. None if neither is permitted.
+fn mount_flags(folder: &Path) -> Option<&'static str> {
+    let mount = format!("mount -t tmpfs tmpfs '{}'", folder.display());
+    ["-m", "-Urm"].into_iter().find(|flags| {
+        Command::new("unshare")
+            .args([*flags, "sh", "-c", &mount])
+            .output()
+            .is_ok_and(|output| output.status.success())
+    })
+}
+
+/// Writes a file until the disk is full.
+fn fill_disk(path: &Path) -> Result<()> {
+    let mut file = File::create(path).context("create a file on the disk")?;
+    let written = std::io::copy(&mut std::io::repeat(0).take(DISK_SIZE), &mut file);
+    ensure!(
+        written
+            .as_ref()
+            .is_err_and(|error| error.kind() == ErrorKind::StorageFull),
+        "the disk is not full: {written:?}"
+    );
+    Ok(())
+}
+
+/// The host's database is on a disk that only the host sees, in its mount namespace.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_makes_the_host_not_ready_until_there_is_space() -> Result<()> {
+    let mut world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
+    let disk = world.folder.path().join("disk");
+    std::fs::create_dir(&disk).context("create a mount point")?;
+    let Some(flags) = mount_flags(&disk) else {
+        println!("skipped: no file system can be mounted in a namespace");
+        return Ok(());
+    };
+
+    // Start the host on a small disk
+    let script = world.folder.path().join("on-a-small-disk");
+    let mount = format!("mount -t tmpfs -o size={DISK_SIZE} tmpfs \"$0\"");
+    let text = format!(
+        "#!/bin/sh\nexec unshare {flags} sh -c '{mount} && exec \"$@\"' '{}' '{}' \"$@\"\n",
+        disk.display(),
+        guests::oncely()?.display()
+    );
+    std::fs::write(&script, text).context("write a script")?;
+    std::fs::set_permissions(&script, PermissionsExt::from_mode(0o755))?;
+    world.database_url = Some(disk.join("test.db").display().to_string());
+    world.program = Some(script);
+    world.spawn_host()?;
+    world.program = None;
+    world.ready().await?;
+    let pid = world.host_pid().context("find the host")?;
+    let disk = PathBuf::from(format!("/proc/{pid}/root{}", disk.display()));
+
+    // The host is not ready, and raises an alarm without the database.
+    fill_disk(&disk.join("fill"))?;
+    let began = Instant::now();
+    let why = world.not_ready("full").await?;
+    ensure!(
+        began.elapsed() < REPORTED_WITHIN,
+        "{:?}: {why}",
+        began.elapsed()
+    );
+    let ready = reqwest::get(format!("{}/readyz", world.control_url()?)).await?;
+    assert_eq!(ready.status().as_u16(), 503);
+    let messages = (0..5).map(NewMessage::insert).collect();
+    world.nats.publish_all(messages).await?;
+    let limit = REPORTED_WITHIN.saturating_sub(began.elapsed());
+    world
+        .eventually_within(limit, "the alarm is raised", || async {
+            let log = world.host_log();
+            let is_raised = log
+                .lines()
+                .any(|line| line.contains("alarm raised") && line.contains("alarm=\"database\""));
+            Ok(is_raised.then_some(()))
+        })
+        .await?;
+    assert_eq!(world.nats.read_stream("OUT").await?.len(), 0);
+
+    // With space again the host is ready, and handles each message once.
+    std::fs::remove_file(disk.join("fill")).context("remove the file from the disk")?;
+    world
+        .eventually("the host is ready again", || async {
+            let status = world.oncely_json(&["status", "--json"]).await?;
+            ensure!(status["ready"] == true, "{status}");
+            Ok(Some(()))
+        })
+        .await?;
+    world
+        .eventually("the outputs are published", || async {
+            let published = world.nats.read_stream("OUT").await?.len();
+            ensure!(published >= 5, "{published} are published");
+            Ok(Some(()))
+        })
+        .await?;
+
+    // Copy the database to the place where the checks expect it, while the host is suspended
+    signal(pid, "STOP")?;
+    for file in ["test.db", "test.db-wal"] {
+        std::fs::copy(disk.join(file), world.folder.path().join(file))
+            .with_context(|| format!("copy {file}"))?;
+    }
+    signal(pid, "CONT")?;
+    let books = books::check(&world).await?;
+    assert_eq!(
+        (books.effects.len(), books.outputs, books.dead.len()),
+        (5, 5, 0)
+    );
+    world.stop_host().await
 }
 
 both!(
@@ -446,11 +567,27 @@ async fn a_host_that_is_not_ready_handles_signals() -> Result<()> {
     world.kill_host()?;
     // A silent server blocks the host's start.
     world.nats.pause()?;
+    world.listen = format!("127.0.0.1:{}", free_port()?);
     world.spawn_host()?;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+
+    // The starting host is alive and not ready.
+    let control = format!("http://{}", world.listen);
+    let alive = world
+        .eventually("the control API answers", || async {
+            Ok(Some(reqwest::get(format!("{control}/livez")).await?))
+        })
+        .await?;
+    assert_eq!(alive.status().as_u16(), 200);
+    let ready = reqwest::get(format!("{control}/readyz")).await?;
+    assert_eq!(ready.status().as_u16(), 503);
+    assert_eq!(
+        ready.text().await?.trim(),
+        "not ready: the host is starting"
+    );
+
     let began = Instant::now();
     let pid = world.host_pid().context("find the host")?;
-    support::world::signal(pid, "TERM")?;
+    signal(pid, "TERM")?;
     while world.is_host_running() {
         ensure!(
             began.elapsed() < Duration::from_secs(5),
@@ -505,10 +642,11 @@ async fn a_host_starts_while_one_nats_server_is_down() -> Result<()> {
 
     // The deployment needs these streams. The start itself waits for its own.
     for name in ["IN", "OUT"] {
-        let end = Instant::now() + PATIENCE;
-        while jetstream.get_stream(name).await.is_err() {
-            ensure!(Instant::now() < end, "{name} has no leader");
-        }
+        eventually(format!("{name} has a leader"), || async {
+            jetstream.get_stream(name).await?;
+            Ok(Some(()))
+        })
+        .await?;
     }
     world.start_host().await?;
     let client = servers[0].client().await?;
@@ -544,7 +682,7 @@ async fn a_host_starts_while_one_nats_server_is_down() -> Result<()> {
 
 /// Runs the program until it fails, which must be soon, and returns its standard error.
 async fn fails(world: &World, args: &[&str]) -> Result<String> {
-    let mut command = std::process::Command::new(support::guests::oncely()?);
+    let mut command = Command::new(guests::oncely()?);
     command
         .args(args)
         .current_dir(world.folder.path())
@@ -648,7 +786,7 @@ async fn proxy_variables_do_not_apply_to_the_loopback_interface() -> Result<()> 
             &["workers"],
             &["publish", "in.x", "{}", "--http"],
         ] {
-            let mut command = std::process::Command::new(support::guests::oncely()?);
+            let mut command = Command::new(guests::oncely()?);
             command
                 .args(args)
                 .current_dir(world.folder.path())
@@ -843,12 +981,7 @@ async fn a_delete_marker_is_no_event() -> Result<()> {
         .await?;
     world.nats.publish_all(vec![NewMessage::insert(2)]).await?;
     world
-        .until(
-            &format!(
-                "select case when max(number) > {watermarks} then 1 else 0 end from oncely.watermark"
-            ),
-            1,
-        )
+        .until_at_least("select max(number) from oncely.watermark", watermarks + 1)
         .await?;
     ensure!(
         world.oncely(&["status"]).await?.contains("ready: yes"),

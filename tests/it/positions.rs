@@ -15,6 +15,7 @@ use oncely::model::message::Message;
 use oncely::model::verdict::Verdict;
 use oncely::store::{PostgresStore, SqliteStore, Store};
 use support::database::{Database, Kind};
+use support::eventually::until_at_least;
 use support::guests;
 use support::world::manifest;
 
@@ -301,15 +302,8 @@ async fn state_keys_are_read_for_a_batch_with_one_statement() -> Result<()> {
     delivery.store.close().await;
     let calls =
         "select coalesce(sum(calls), 0) from pg_stat_user_functions where funcname = 'load_state'";
-    let end = std::time::Instant::now() + support::world::PATIENCE;
-    while harness.database.number(calls).await? < 2 {
-        anyhow::ensure!(
-            std::time::Instant::now() < end,
-            "the server counted no calls"
-        );
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
-    assert_eq!(harness.database.number(calls).await?, 2);
+    let counted = until_at_least("calls", 2, || harness.database.number(calls));
+    assert_eq!(counted.await?, 2);
     assert_eq!(
         harness
             .database

@@ -577,7 +577,7 @@ both!(
             .stderr(std::process::Stdio::piped())
             .spawn()?;
         world
-            .until("select min(1) from oncely.inbox where state = 'done'", 1)
+            .until_at_least("select count(*) from oncely.inbox where state = 'done'", 1)
             .await?;
         support::world::signal(child.id(), "INT")?;
         let output = tokio::task::spawn_blocking(move || child.wait_with_output()).await??;

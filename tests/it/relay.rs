@@ -1,45 +1,25 @@
 //! Publishing: order of keys despite failures, parked outputs, and delays.
 
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
-use support::counting::{check_order, count, counting_messages, published_values};
+use support::counting::{check_order, counting_messages, published_values};
 use support::database::Kind;
+use support::eventually::{eventually, until_at_least};
 use support::nats::NewMessage;
-use support::production::RunningHost;
-use support::proxy::{Cut, Proxy};
 use support::world::{QUICK_RETRIES, World, manifest};
+
+use crate::relay_modes::{
+    RelayMode, order_across_hosts, order_when_the_broker_dies, order_when_the_host_is_killed,
+    publish_parked_output, world_with_parked_output,
+};
 
 both!(
     outputs_of_a_key_keep_their_order_when_the_broker_dies,
     |kind: Kind| async move {
         let settings = format!("batch = 8\nconcurrency = 4\nack_wait = \"2s\"\n{QUICK_RETRIES}");
-        let mut world = World::without_host(kind, &manifest(&settings)?).await?;
-        let proxy = Proxy::start(world.nats.port()).await?;
-        world.nats_url = format!("nats://127.0.0.1:{}", proxy.port());
-        world.start_host().await?;
-        let count = 900;
-        for part in 0..6 {
-            world
-                .nats
-                .publish_all(counting_messages(part * count / 6, (part + 1) * count / 6))
-                .await?;
-            let cut = if part % 2 == 0 {
-                Cut::OutputsNotForwarded
-            } else {
-                Cut::OutputAnswersLost
-            };
-            ensure!(
-                proxy.cut(cut, Duration::from_secs(20)).await,
-                "no publication could be cut"
-            );
-        }
-        world.nats.kill()?;
-        world.nats.restart().await?;
-        world.quiet(count as i64).await?;
-        check_order(&world, count).await
+        order_when_the_broker_dies(RelayMode::Poll(kind), &settings, Duration::ZERO).await
     }
 );
 
@@ -47,104 +27,28 @@ both!(
     outputs_of_a_key_keep_their_order_when_their_host_is_killed,
     |kind: Kind| async move {
         let settings = format!("batch = 8\nconcurrency = 4\nack_wait = \"1s\"\n{QUICK_RETRIES}");
-        let mut world = World::start(kind, &manifest(&settings)?).await?;
-        let count = 900;
-        world.nats.publish_all(counting_messages(0, count)).await?;
-        for round in 1..=3_u64 {
-            let enough = format!(
-                "select case when count(*) > {} then 1 else 0 end from oncely.inbox",
-                round * 150
-            );
-            world.until(&enough, 1).await?;
-            world.kill_host()?;
-            world.start_host().await?;
-        }
-        world.quiet(count as i64).await?;
-        check_order(&world, count).await
+        order_when_the_host_is_killed(RelayMode::Poll(kind), &settings).await
     }
 );
 
-/// Two hosts alternately commit outputs of the same keys; one is killed with leased outputs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn outputs_of_a_key_keep_their_order_across_hosts() -> Result<()> {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
     let settings = format!("batch = 4\nconcurrency = 2\nack_wait = \"2s\"\n{QUICK_RETRIES}");
-    let world = World::without_host(Kind::Postgres, &manifest(&settings)?).await?;
-    let number = COUNT.fetch_add(1, Ordering::Relaxed);
-    let one = RunningHost::start(&world, &format!("order-one{number}")).await?;
-    let mut two = RunningHost::start(&world, &format!("order-two{number}")).await?;
-    let path = world.folder.path().join("oncely.toml");
-    one.oncely(&[
-        "deploy",
-        path.to_str().context("convert the manifest path")?,
-    ])?;
-    two.until_version(1).await?;
-    two.ready().await?;
-    let count = 600;
-    world
-        .nats
-        .publish_all(counting_messages(0, count / 2))
-        .await?;
-    world.quiet(count as i64 / 2).await?;
-    assert!(
-        one.handled()? > 0 && two.handled()? > 0,
-        "only one host handled messages"
-    );
-    world
-        .nats
-        .publish_all(counting_messages(count / 2, count))
-        .await?;
-    drop(one);
-    world.quiet(count as i64).await?;
-    check_order(&world, count).await
+    order_across_hosts(RelayMode::Poll(Kind::Postgres), &settings).await
 }
 
-/// A world whose output stream accepts at most 300 bytes, and the number of an oversized output.
-async fn world_with_oversized_output(kind: Kind) -> Result<(World, String)> {
-    let mut world = World::without_host(kind, &manifest("concurrency = 1")?).await?;
-    world.nats.make_narrow_stream("OUT", "out.>", 300).await?;
-    world.start_host().await?;
-    let large = [
-        count(0, "held", 0),
-        count(1, "held", 600),
-        count(2, "held", 0),
-        count(3, "free", 0),
-    ];
-    world.nats.publish_all(large.to_vec()).await?;
-    world
-        .until(
-            "select count(*) from oncely.outbox where parked_at is not null",
-            1,
-        )
-        .await?;
-    world
-        .nats
-        .publish_all(
-            (4..8)
-                .map(|n| count(n, ["held", "free"][n % 2], 0))
-                .collect(),
-        )
-        .await?;
-    world
-        .until(
-            "select count(*) from oncely.outbox where published_at is not null",
-            4,
-        )
-        .await?;
-    let published = published_values(&world).await?;
-    assert_eq!(
-        (published["held"].clone(), published["free"].clone()),
-        (vec![1], vec![1, 2, 3])
-    );
+/// The number of the only parked output.
+async fn parked_number(world: &World) -> Result<String> {
     let list = world.oncely_json(&["outbox", "list", "--json"]).await?;
     let number = list[0]["number"].as_i64().context("find a parked output")?;
-    Ok((world, number.to_string()))
+    Ok(number.to_string())
 }
 
 both!(
     an_oversized_output_is_parked_and_published_on_retry,
     |kind: Kind| async move {
-        let (world, number) = world_with_oversized_output(kind).await?;
+        let world = world_with_parked_output(RelayMode::Poll(kind)).await?;
+        let number = parked_number(&world).await?;
         let list = world.oncely(&["outbox", "list"]).await?;
         assert!(
             list.lines().count() == 2
@@ -182,12 +86,7 @@ both!(
                 1,
             )
             .await?;
-        world.nats.make_narrow_stream("OUT", "out.>", 3_000).await?;
-        world
-            .oncely(&["outbox", "retry", "--all", "--worker", "test"])
-            .await?;
-        world.quiet(8).await?;
-        check_order(&world, 8).await?;
+        publish_parked_output(&world).await?;
         let missing = world
             .oncely(&["outbox", "show", "9999"])
             .await
@@ -200,7 +99,8 @@ both!(
 both!(
     outbox_drop_confirms_frees_the_key_and_is_recorded,
     |kind: Kind| async move {
-        let (world, number) = world_with_oversized_output(kind).await?;
+        let world = world_with_parked_output(RelayMode::Poll(kind)).await?;
+        let number = parked_number(&world).await?;
         let refused = world
             .oncely(&["outbox", "drop", "--all"])
             .await
@@ -253,9 +153,9 @@ async fn outputs_of_a_missing_stream_are_retried_and_then_parked() -> Result<()>
     // The stream may return: no output is parked yet. Outputs of the deleted stream may be among
     // them by now.
     world
-        .until(
-            "select count(*) >= 5 from oncely.outbox where failures > 1 and parked_at is null",
-            1,
+        .until_at_least(
+            "select count(*) from oncely.outbox where failures > 1 and parked_at is null",
+            5,
         )
         .await?;
 
@@ -277,21 +177,12 @@ async fn outputs_of_a_missing_stream_are_retried_and_then_parked() -> Result<()>
     world.quiet(12).await?;
 
     // Outputs of the first stream are republished after those that waited for the second one.
-    let all = async {
-        while published_values(&world)
-            .await?
-            .values()
-            .map(Vec::len)
-            .sum::<usize>()
-            < 12
-        {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        anyhow::Ok(())
-    };
-    tokio::time::timeout(Duration::from_secs(40), all)
-        .await
-        .context("wait for the first output")?
+    until_at_least("outputs on the stream", 12, || async {
+        let published = published_values(&world).await?;
+        Ok(published.values().map(Vec::len).sum::<usize>())
+    })
+    .await
+    .map(drop)
 }
 
 both!(
@@ -401,22 +292,15 @@ both!(
 
 /// Waits until the breaker of OUT has a state, and returns its error.
 async fn until_status(world: &World, state: &str) -> Result<String> {
-    let found = async {
-        loop {
-            let status = world.oncely_json(&["status", "--json"]).await?;
-            let breakers = status["breakers"].as_array().cloned().unwrap_or_default();
-            let out = breakers
-                .into_iter()
-                .find(|breaker| breaker["stream"] == "OUT");
-            if let Some(out) = out.filter(|out| out["state"] == state) {
-                return anyhow::Ok(out["error"].as_str().unwrap_or_default().to_owned());
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(30), found)
-        .await
-        .with_context(|| format!("wait until the breaker is {state}"))?
+    eventually(format!("the breaker is {state}"), || async {
+        let status = world.oncely_json(&["status", "--json"]).await?;
+        let breakers = status["breakers"].as_array().cloned().unwrap_or_default();
+        let mut breakers = breakers.iter();
+        let out = breakers.find(|breaker| breaker["stream"] == "OUT");
+        let out = out.filter(|out| out["state"] == state);
+        Ok(out.map(|out| out["error"].as_str().unwrap_or_default().to_owned()))
+    })
+    .await
 }
 
 both!(

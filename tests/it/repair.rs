@@ -1,83 +1,21 @@
 //! A stream that lost acknowledged outputs gets them again.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use async_nats::jetstream;
-use support::counting::{check_order, counting_messages};
+use support::counting::counting_messages;
 use support::database::Kind;
 use support::nats::NewMessage;
-use support::world::{PATIENCE, World, manifest};
+use support::world::{World, manifest};
 
-/// The ids on the output stream, in order.
-async fn ids(world: &World) -> Result<Vec<String>> {
-    let stored = world.nats.read_stream("OUT").await?;
-    stored
-        .iter()
-        .map(|message| {
-            Ok(message
-                .headers
-                .get("Nats-Msg-Id")
-                .context("read the id")?
-                .clone())
-        })
-        .collect()
-}
-
-/// Waits until the output stream holds `count` messages and no output is unpublished.
-async fn until_stored(world: &World, count: usize) -> Result<Vec<String>> {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let ids = ids(world).await?;
-        if ids.len() == count {
-            world
-                .until(
-                    "select count(*) from oncely.outbox where published_at is null",
-                    0,
-                )
-                .await?;
-            assert_eq!(
-                ids.iter().collect::<BTreeSet<_>>().len(),
-                count,
-                "an output is on the stream twice"
-            );
-            return Ok(ids);
-        }
-        assert!(
-            Instant::now() < end,
-            "{} outputs, expected {count}:\n{}",
-            ids.len(),
-            world.host_log()
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
+use crate::relay_modes::{RelayMode, lost_outputs_are_published_again, output_ids, until_stored};
 
 both!(
     lost_outputs_are_published_again_in_order,
     |kind: Kind| async move {
-        let mut world = World::start(kind, &manifest("concurrency = 1")?).await?;
-        world.nats.publish_all(counting_messages(0, 100)).await?;
-        world.quiet(100).await?;
-        world.nats.kill()?;
-        world.nats.copy_stream("OUT")?;
-        world.nats.restart().await?;
-        world.nats.publish_all(counting_messages(100, 250)).await?;
-        world.quiet(250).await?;
-        let before = ids(&world).await?;
-        assert_eq!(before.len(), 250);
-
-        // Restore an older store, as after a backup or a power cut.
-        world.nats.kill()?;
-        world.nats.roll_back_stream("OUT")?;
-        world.nats.restart().await?;
-        let after = until_stored(&world, 250).await?;
-        assert_eq!(
-            after.iter().collect::<BTreeSet<_>>(),
-            before.iter().collect()
-        );
-        check_order(&world, 250).await?;
+        let mode = RelayMode::Poll(kind);
+        let world = lost_outputs_are_published_again(mode, "concurrency = 1").await?;
         assert!(
             world
                 .host_log()
@@ -85,11 +23,6 @@ both!(
             "{}",
             world.host_log()
         );
-
-        // The relay continues.
-        world.nats.publish_all(counting_messages(250, 260)).await?;
-        world.quiet(260).await?;
-        until_stored(&world, 260).await?;
         Ok(())
     }
 );
@@ -121,7 +54,7 @@ both!(
         world.nats.restart().await?;
         world.nats.publish_all(counting_messages(10, 20)).await?;
         world.quiet(21).await?;
-        let before: BTreeSet<String> = ids(&world).await?.into_iter().collect();
+        let before: BTreeSet<String> = output_ids(&world).await?.into_iter().collect();
         world.stop_host().await?;
         world.nats.kill()?;
         world.nats.roll_back_stream("OUT")?;
@@ -142,7 +75,7 @@ async fn a_recreated_stream_gets_its_outputs_again() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("concurrency = 1")?).await?;
     world.nats.publish_all(counting_messages(0, 10)).await?;
     world.quiet(10).await?;
-    let before = ids(&world).await?;
+    let before = output_ids(&world).await?;
     let context = jetstream::new(world.nats.client().await?);
     let config = context
         .get_stream("OUT")

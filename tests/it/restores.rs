@@ -13,7 +13,7 @@ use support::books;
 use support::database::{Database, Kind};
 use support::nats::{NatsServer, NewMessage};
 use support::production::RunningHost;
-use support::world::{PATIENCE, World, manifest};
+use support::world::{World, manifest};
 
 /// A message without an id from its publisher; its stream position is its id.
 fn without_id() -> NewMessage {
@@ -28,9 +28,9 @@ fn without_id() -> NewMessage {
 /// Waits until a watermark records the ack floor.
 async fn until_watermark(world: &World, floor: u64) -> Result<()> {
     let sql = format!(
-        "select min(1) from oncely.watermark where stream_sequence is not null and broker_state like '%\"sequence\":{floor},%'"
+        "select count(*) from oncely.watermark where stream_sequence is not null and broker_state like '%\"sequence\":{floor},%'"
     );
-    world.until(&sql, 1).await
+    world.until_at_least(&sql, 1).await.map(drop)
 }
 
 /// Publishes events and waits until `settled` messages are settled, and a watermark records their
@@ -473,8 +473,8 @@ async fn a_worker_deployed_after_a_recovery_starts_from_scratch() -> Result<()> 
     let path = world.folder.path().join("oncely.toml");
     let host = RunningHost::start(&world, "first").await?;
     world
-        .until(
-            "select min(1) from oncely.watermark where stream_sequence is not null",
+        .until_at_least(
+            "select count(*) from oncely.watermark where stream_sequence is not null",
             1,
         )
         .await?;
@@ -486,19 +486,12 @@ async fn a_worker_deployed_after_a_recovery_starts_from_scratch() -> Result<()> 
     drop(host);
     world.database = backup;
     let mut host = RunningHost::spawn(&world, "second")?;
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let status = host.oncely(&["status", "--json"]).unwrap_or_default();
-        if status.contains("older than the broker") {
-            break;
-        }
-        ensure!(
-            Instant::now() < end,
-            "the restore was not detected: {status}\n{}",
-            host.log()
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    host.eventually("the restore is detected", || async {
+        let status = host.oncely(&["status", "--json"])?;
+        ensure!(status.contains("older than the broker"), "{status}");
+        Ok(Some(()))
+    })
+    .await?;
     host.oncely(&["recover"])?;
     host.ready().await?;
     host.oncely(&["deploy", &path.display().to_string()])?;
@@ -529,8 +522,8 @@ both!(
 
         // A watermark with the new subjects is written before the first message under them.
         world
-            .until(
-                "select min(1) from oncely.watermark where broker_state like '%in.b%'",
+            .until_at_least(
+                "select count(*) from oncely.watermark where broker_state like '%in.b%'",
                 1,
             )
             .await?;

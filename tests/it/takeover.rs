@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use support::database::{Database, Kind};
+use support::eventually::eventually;
 use support::nats::NewMessage;
 use support::postgres;
 use support::production::RunningHost;
@@ -172,9 +173,11 @@ both!(
         world.nats.publish_all(vec![message]).await?;
         let client = async_nats::jetstream::new(world.nats.client().await?);
         let stream = client.get_stream("IN").await?;
-        while stream.consumer_info("oncely-test").await?.num_ack_pending == 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        eventually("the host handles the message", || async {
+            let consumer = stream.consumer_info("oncely-test").await?;
+            Ok((consumer.num_ack_pending > 0).then_some(()))
+        })
+        .await?;
         to_nats.set_blackhole(true);
         world.until("select count(*) from oncely.inbox", 1).await?;
         world.kill_host()?;

@@ -1,39 +1,41 @@
 //! WAL mode: the order of commits and keys, one reader at a time, and switches of the relay mode.
 
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use support::books;
 use support::counting::{check_order, count, counting_messages};
 use support::database::{Database, Kind};
+use support::eventually::eventually;
 use support::nats::NewMessage;
 use support::postgres::Cluster;
-use support::production::RunningHost;
-use support::proxy::{Cut, Proxy};
 use support::world::{PATIENCE, QUICK_RETRIES, World, manifest, signal};
 
-const IN_WAL_MODE: &str = "select count(*) from oncely.relay where mode = 'wal'";
+use crate::relay_modes::{
+    IN_WAL_MODE, RelayMode, lost_outputs_are_published_again, order_across_hosts,
+    order_when_the_broker_dies, order_when_the_host_is_killed, publish_parked_output,
+    world_with_parked_output,
+};
+
 const IN_POLL_MODE: &str = "select count(*) from oncely.relay where mode = 'poll'";
 const SLOTS: &str = "select count(*) from pg_replication_slots where database = current_database()";
-const READERS: &str =
-    "select count(*) from pg_replication_slots where database = current_database() and active";
 
-/// Four lanes, small batches, and hosts that request WAL mode.
+/// Four lanes and small batches.
+fn settings() -> String {
+    format!("batch = 8\nconcurrency = 4\nack_wait = \"1s\"\n{QUICK_RETRIES}")
+}
+
+/// A world whose hosts request WAL mode.
 async fn world_in_wal_mode(cluster: Option<&Cluster>) -> Result<World> {
-    let settings = format!("batch = 8\nconcurrency = 4\nack_wait = \"1s\"\n{QUICK_RETRIES}");
-    let mut world = World::without_host(Kind::Postgres, &manifest(&settings)?).await?;
+    let mut world = RelayMode::Wal.world(&settings()).await?;
     if let Some(cluster) = cluster {
         world.database = Database::on(cluster).await?;
     }
-    world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
     Ok(world)
 }
 
 async fn start(world: &mut World) -> Result<()> {
-    world.start_host().await?;
-    world.until(IN_WAL_MODE, 1).await?;
-    world.until(READERS, 1).await
+    RelayMode::Wal.start(world).await
 }
 
 /// Requests another relay mode, like a starting host.
@@ -213,10 +215,7 @@ async fn a_stopping_host_publishes_all_committed_outputs() -> Result<()> {
     start(&mut world).await?;
     world.nats.publish_all(counting_messages(0, 200)).await?;
     world
-        .until(
-            "select case when count(*) > 50 then 1 else 0 end from oncely.inbox",
-            1,
-        )
+        .until_at_least("select count(*) from oncely.inbox", 51)
         .await?;
     world.stop_host().await?;
     assert_eq!(
@@ -232,117 +231,24 @@ async fn a_stopping_host_publishes_all_committed_outputs() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_reader_loses_and_repeats_nothing() -> Result<()> {
-    let mut world = world_in_wal_mode(None).await?;
-    start(&mut world).await?;
-    let count = 900;
-    world.nats.publish_all(counting_messages(0, count)).await?;
-    for round in 1..=3_u64 {
-        let enough = format!(
-            "select case when count(*) > {} then 1 else 0 end from oncely.inbox",
-            round * 150
-        );
-        world.until(&enough, 1).await?;
-        world.kill_host()?;
-        world.start_host().await?;
-    }
-    world.quiet(count as i64).await?;
-    check_order(&world, count).await
+    order_when_the_host_is_killed(RelayMode::Wal, &settings()).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_host_takes_over_the_slot_within_seconds() -> Result<()> {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let world = world_in_wal_mode(None).await?;
-    let number = COUNT.fetch_add(1, Ordering::Relaxed);
-    let one = RunningHost::start(&world, &format!("wal-one{number}")).await?;
-    world.until(READERS, 1).await?;
-    let mut two = RunningHost::start(&world, &format!("wal-two{number}")).await?;
-    let path = world.folder.path().join("oncely.toml");
-    one.oncely(&[
-        "deploy",
-        path.to_str().context("convert the manifest path")?,
-    ])?;
-    two.until_version(1).await?;
-    two.ready().await?;
-    world.nats.publish_all(counting_messages(0, 300)).await?;
-    world.quiet(300).await?;
-    assert!(
-        one.handled()? > 0 && two.handled()? > 0,
-        "only one host handled messages"
-    );
-    world.nats.publish_all(counting_messages(300, 600)).await?;
-    world
-        .until(
-            "select case when count(*) > 350 then 1 else 0 end from oncely.inbox",
-            1,
-        )
-        .await?;
-    drop(one);
-    let killed = Instant::now();
-    world.until(READERS, 1).await?;
-    assert!(
-        killed.elapsed() < Duration::from_secs(5),
-        "taken over after {:?}",
-        killed.elapsed()
-    );
-    world.quiet(600).await?;
-    check_order(&world, 600).await
+    order_across_hosts(RelayMode::Wal, &settings()).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn outputs_keep_their_order_when_the_broker_dies() -> Result<()> {
-    let mut world = world_in_wal_mode(None).await?;
-    let proxy = Proxy::start(world.nats.port()).await?;
-    world.nats_url = format!("nats://127.0.0.1:{}", proxy.port());
-    start(&mut world).await?;
-    let count = 900;
-    for part in 0..6 {
-        world
-            .nats
-            .publish_all(counting_messages(part * count / 6, (part + 1) * count / 6))
-            .await?;
-        let cut = if part % 2 == 0 {
-            Cut::OutputsNotForwarded
-        } else {
-            Cut::OutputAnswersLost
-        };
-        ensure!(
-            proxy.cut(cut, Duration::from_secs(20)).await,
-            "no publication could be cut"
-        );
-    }
-    world.nats.kill()?;
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    world.nats.restart().await?;
-    world.quiet(count as i64).await?;
-    check_order(&world, count).await
+    order_when_the_broker_dies(RelayMode::Wal, &settings(), Duration::from_secs(3)).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_outputs_are_published_again_in_order() -> Result<()> {
-    let mut world = world_in_wal_mode(None).await?;
-    start(&mut world).await?;
-    world.nats.publish_all(counting_messages(0, 100)).await?;
-    world.quiet(100).await?;
-    world.nats.kill()?;
-    world.nats.copy_stream("OUT")?;
-    world.nats.restart().await?;
-    world.nats.publish_all(counting_messages(100, 250)).await?;
-    world.quiet(250).await?;
-    world.nats.kill()?;
-    world.nats.roll_back_stream("OUT")?;
-    world.nats.restart().await?;
-    let end = Instant::now() + PATIENCE;
-    while world.nats.read_stream("OUT").await?.len() < 250 {
-        ensure!(
-            Instant::now() < end,
-            "the outputs were not republished:\n{}",
-            world.host_log()
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    world.quiet(250).await?;
-    check_order(&world, 250).await
+    lost_outputs_are_published_again(RelayMode::Wal, &settings())
+        .await
+        .map(drop)
 }
 
 /// Nothing else would miss the outputs that the reader has not recorded when the stream loses them.
@@ -356,17 +262,12 @@ async fn lost_unrecorded_outputs_are_published_again_in_order() -> Result<()> {
             .nats
             .publish_all(counting_messages(count, count + 300))
             .await?;
-        let handled = |part| {
-            format!(
-                "select case when count(*) > {} then 1 else 0 end from oncely.inbox",
-                count + part
-            )
-        };
-        world.until(&handled(60), 1).await?;
+        let handled = "select count(*) from oncely.inbox";
+        world.until_at_least(handled, count as i64 + 61).await?;
         world.nats.kill()?;
         world.nats.copy_stream("OUT")?;
         world.nats.restart().await?;
-        world.until(&handled(150), 1).await?;
+        world.until_at_least(handled, count as i64 + 151).await?;
         world.nats.kill()?;
         world.nats.roll_back_stream("OUT")?;
         world.nats.restart().await?;
@@ -379,40 +280,8 @@ async fn lost_unrecorded_outputs_are_published_again_in_order() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_parked_output_blocks_its_key_and_nothing_else() -> Result<()> {
-    let mut world = world_in_wal_mode(None).await?;
-    world.write_manifest(&manifest("concurrency = 1")?)?;
-    world.nats.make_narrow_stream("OUT", "out.>", 300).await?;
-    start(&mut world).await?;
-    let large = [
-        count(0, "held", 0),
-        count(1, "held", 600),
-        count(2, "held", 0),
-        count(3, "free", 0),
-    ];
-    world.nats.publish_all(large.to_vec()).await?;
-    world
-        .until(
-            "select count(*) from oncely.outbox where parked_at is not null",
-            1,
-        )
-        .await?;
-    world
-        .nats
-        .publish_all(
-            (4..8)
-                .map(|n| count(n, ["held", "free"][n % 2], 0))
-                .collect(),
-        )
-        .await?;
-    world.until("select count(*) from oncely.inbox", 8).await?;
-
-    // Three outputs of the other key, and the first one of this key.
-    world.until(world.database.unpublished(), 4).await?;
-    assert_eq!(world.nats.read_stream("OUT").await?.len(), 4);
-    world.nats.make_narrow_stream("OUT", "out.>", 3_000).await?;
-    world.oncely(&["outbox", "retry", "--all"]).await?;
-    world.quiet(8).await?;
-    check_order(&world, 8).await?;
+    let world = world_with_parked_output(RelayMode::Wal).await?;
+    publish_parked_output(&world).await?;
 
     // The key uses WAL mode again.
     world.nats.publish_all(vec![count(8, "held", 0)]).await?;
@@ -441,15 +310,14 @@ async fn relay_mode_changes_under_load_keep_outputs_once_in_order() -> Result<()
             .await?;
         sent += 200;
         rounds += 1;
-        let some = format!(
-            "select case when count(*) > {} then 1 else 0 end from oncely.inbox",
-            sent - 150
-        );
-        world.until(&some, 1).await?;
+        let enough = sent as i64 - 149;
+        world
+            .until_at_least("select count(*) from oncely.inbox", enough)
+            .await?;
         if rounds == 2 {
             // Some outputs are published before WAL mode is left again.
             world
-                .until("select least(count(*), 1) from oncely.relay_record", 1)
+                .until_at_least("select count(*) from oncely.relay_record", 1)
                 .await?;
         }
         request_relay_mode(&world, if rounds % 2 == 1 { "wal" } else { "poll" }).await?;
@@ -520,10 +388,7 @@ async fn a_slot_invalidated_by_the_server_loses_nothing() -> Result<()> {
     // Kill the reader under load
     world.nats.publish_all(counting_messages(100, 400)).await?;
     world
-        .until(
-            "select case when count(*) > 150 then 1 else 0 end from oncely.inbox",
-            1,
-        )
+        .until_at_least("select count(*) from oncely.inbox", 151)
         .await?;
     world.kill_host()?;
 
@@ -568,23 +433,19 @@ async fn a_dropped_slot_ends_wal_mode_while_the_host_runs() -> Result<()> {
     start(&mut world).await?;
     world.nats.publish_all(counting_messages(0, 400)).await?;
     world
-        .until(
-            "select case when count(*) > 100 then 1 else 0 end from oncely.inbox",
-            1,
-        )
+        .until_at_least("select count(*) from oncely.inbox", 101)
         .await?;
     let end_it = "select pg_terminate_backend(active_pid) from pg_replication_slots \
                   where database = current_database() and active_pid is not null";
     let drop_it = "select pg_drop_replication_slot(slot_name) from pg_replication_slots \
                    where database = current_database() and not active";
-    let end = Instant::now() + PATIENCE;
-    while world.database.number(IN_WAL_MODE).await? == 1 {
-        ensure!(Instant::now() < end, "the slot could not be dropped");
+    eventually("the dropped slot ends WAL mode", || async {
         world.database.rows(end_it).await?;
         // The reader may have reconnected.
         let _ = world.database.rows(drop_it).await;
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+        Ok((world.database.number(IN_WAL_MODE).await? == 0).then_some(()))
+    })
+    .await?;
     world.quiet(400).await?;
     check_order(&world, 400).await?;
     world.until(IN_POLL_MODE, 1).await

@@ -3,6 +3,7 @@
 pub mod books;
 pub mod counting;
 pub mod database;
+pub mod eventually;
 pub mod guests;
 pub mod metrics;
 pub mod nats;

@@ -11,6 +11,7 @@ use async_nats::{ConnectOptions, HeaderMap};
 use futures::StreamExt;
 use tempfile::TempDir;
 
+use crate::eventually::eventually;
 use crate::server::{Server, free_port};
 
 /// A nats-server with JetStream in its own folder.
@@ -122,15 +123,12 @@ impl NatsServer {
 
     /// Waits until JetStream answers.
     pub async fn until_leader_elected(&self) -> Result<()> {
-        let end = Instant::now() + Duration::from_secs(60);
         let context = jetstream::new(self.client().await?);
-        while let Err(error) = context.query_account().await {
-            if Instant::now() > end {
-                bail!("no leader elected: {error}");
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        Ok(())
+        eventually("a leader is elected", || async {
+            context.query_account().await?;
+            Ok(Some(()))
+        })
+        .await
     }
 
     pub fn port(&self) -> u16 {

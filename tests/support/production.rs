@@ -1,12 +1,14 @@
 //! Production-like hosts: `oncely run`, configured by environment, several on one database.
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
+use crate::eventually::eventually;
 use crate::guests;
 use crate::world::{PATIENCE, World};
 
@@ -103,16 +105,25 @@ impl RunningHost {
 
     /// Waits until the host runs this version.
     pub async fn until_version(&self, version: u64) -> Result<()> {
-        let end = Instant::now() + PATIENCE;
-        while self.version()? != Some(version) {
-            anyhow::ensure!(
-                Instant::now() < end,
-                "version {version} is not running:\n{}",
-                self.log()
-            );
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-        Ok(())
+        self.eventually(format!("version {version} runs"), || async {
+            let running = self.version()?;
+            ensure!(running == Some(version), "{running:?} runs");
+            Ok(Some(()))
+        })
+        .await
+    }
+
+    /// Like [`eventually`], with the host's log in the error.
+    pub async fn eventually<T, F>(
+        &self,
+        description: impl Display,
+        probe: impl FnMut() -> F,
+    ) -> Result<T>
+    where
+        F: Future<Output = Result<Option<T>>>,
+    {
+        let found = eventually(description, probe).await;
+        found.map_err(|error| anyhow!("{error:#}; host log:\n{}", self.log()))
     }
 
     /// The number of messages this host has handled since its start.

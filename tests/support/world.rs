@@ -1,14 +1,16 @@
 //! A world per test: a database, a nats-server and a host process that can be killed.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::database::{Database, Kind};
+use crate::eventually::{eventually, eventually_within};
 use crate::guests;
 use crate::nats::NatsServer;
 
@@ -26,10 +28,14 @@ pub struct World {
     pub folder: TempDir,
     /// The NATS URL for the host: the server, or a proxy in front of it.
     pub nats_url: String,
+    /// The database URL for the host, if it is not that of `database`.
+    pub database_url: Option<String>,
     /// Another build of the program under test; by default the latest `oncely`.
     pub program: Option<PathBuf>,
     /// Additional environment of the host.
     pub host_env: Vec<(String, String)>,
+    /// The control API address of the host; a new port at each start unless set.
+    pub listen: String,
     /// The ingress address of the host; a new port at each start unless set.
     pub http: String,
     manifest: PathBuf,
@@ -101,8 +107,10 @@ impl World {
             nats,
             folder,
             nats_url,
+            database_url: None,
             program,
             host_env,
+            listen: "127.0.0.1:0".to_owned(),
             http: "127.0.0.1:0".to_owned(),
             manifest: path,
             host: None,
@@ -118,7 +126,9 @@ impl World {
     /// Starts the host process.
     pub fn spawn_host(&mut self) -> Result<()> {
         let _ = std::fs::remove_file(self.host_file());
-        self.host = Some(self.spawn(&self.data_dir(), &self.nats_url, &self.database.url())?);
+        let database_url = self.database_url.clone();
+        let database_url = database_url.unwrap_or_else(|| self.database.url());
+        self.host = Some(self.spawn(&self.data_dir(), &self.nats_url, &database_url)?);
         Ok(())
     }
 
@@ -159,7 +169,7 @@ impl World {
         self.command("dev")?
             .args([
                 "--listen",
-                "127.0.0.1:0",
+                &self.listen,
                 "--http",
                 &self.http,
                 "--http-publish",
@@ -227,7 +237,7 @@ impl World {
         let status = tokio::task::spawn_blocking(move || host.wait())
             .await
             .context("wait for the host")??;
-        anyhow::ensure!(
+        ensure!(
             status.success(),
             "the host exited with {status}:\n{}",
             self.host_log()
@@ -250,21 +260,13 @@ impl World {
     /// Waits until the host is not ready for a reason that contains `why`; returns the whole
     /// reason.
     pub async fn not_ready(&self, why: &str) -> Result<String> {
-        let end = Instant::now() + PATIENCE;
-        let mut last = String::new();
-        while Instant::now() < end {
-            if let Ok(status) = self.oncely_json(&["status", "--json"]).await {
-                last = status["not_ready"].as_str().unwrap_or("ready").to_owned();
-                if last.contains(why) {
-                    return Ok(last);
-                }
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        bail!(
-            "expected the host not to be ready because of `{why}`, last reason: `{last}`:\n{}",
-            self.host_log()
-        )
+        self.eventually(format!("the host is not ready: `{why}`"), || async {
+            let status = self.oncely_json(&["status", "--json"]).await?;
+            let reason = status["not_ready"].as_str().unwrap_or("ready");
+            ensure!(reason.contains(why), "last reason: `{reason}`");
+            Ok(Some(reason.to_owned()))
+        })
+        .await
     }
 
     /// Runs `oncely` with these arguments against the host and returns its output.
@@ -333,19 +335,54 @@ impl World {
 
     /// Waits until a query returns this number.
     pub async fn until(&self, sql: &str, expected: i64) -> Result<()> {
-        let end = Instant::now() + PATIENCE;
-        let mut last = None;
-        while Instant::now() < end {
-            last = self.database.number(sql).await.ok();
-            if last == Some(expected) {
-                return Ok(());
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        bail!(
-            "`{sql}` returned {last:?}, expected {expected}; host log:\n{}",
-            self.host_log()
-        )
+        self.eventually(format!("`{sql}` returns {expected}"), || async {
+            let found = self.database.number(sql).await?;
+            ensure!(found == expected, "it returned {found}");
+            Ok(Some(()))
+        })
+        .await
+    }
+
+    /// Waits until a query returns at least this number, and returns the number.
+    pub async fn until_at_least(&self, sql: &str, minimum: i64) -> Result<i64> {
+        let description = format!("`{sql}` returns at least {minimum}");
+        self.eventually(description, || async {
+            let found = self.database.number(sql).await?;
+            ensure!(found >= minimum, "it returned {found}");
+            Ok(Some(found))
+        })
+        .await
+    }
+
+    /// Like [`eventually`], with the host log in the error.
+    pub async fn eventually<T, F>(
+        &self,
+        description: impl Display,
+        probe: impl FnMut() -> F,
+    ) -> Result<T>
+    where
+        F: Future<Output = Result<Option<T>>>,
+    {
+        let found = eventually(description, probe).await;
+        found.map_err(|error| self.with_log(&error))
+    }
+
+    /// Like [`World::eventually`], with another limit.
+    pub async fn eventually_within<T, F>(
+        &self,
+        limit: Duration,
+        description: impl Display,
+        probe: impl FnMut() -> F,
+    ) -> Result<T>
+    where
+        F: Future<Output = Result<Option<T>>>,
+    {
+        let found = eventually_within(limit, description, probe).await;
+        found.map_err(|error| self.with_log(&error))
+    }
+
+    fn with_log(&self, error: &anyhow::Error) -> anyhow::Error {
+        anyhow!("{error:#}; host log:\n{}", self.host_log())
     }
 
     /// Waits until `settled` messages are settled and every output is published.
@@ -368,6 +405,6 @@ pub fn signal(pid: u32, name: &str) -> Result<()> {
         .args([format!("-{name}"), pid.to_string()])
         .status()
         .context("run kill")?;
-    anyhow::ensure!(status.success(), "kill -{name} {pid} failed");
+    ensure!(status.success(), "kill -{name} {pid} failed");
     Ok(())
 }

@@ -8,6 +8,7 @@ use oncely::config::Nats;
 use oncely::drain::Stop;
 use oncely::model::invalidation::{CACHE_STREAM, CACHE_SUBJECTS};
 use support::database::Kind;
+use support::eventually::eventually;
 use support::nats::{NatsServer, NewMessage};
 use support::world::{PATIENCE, World, manifest};
 
@@ -134,18 +135,12 @@ both!(
 
         // Pause the broker while the handler runs, so that nothing can be published. Then kill the
         // host.
-        let at_work = async {
+        eventually("the handler begins", || async {
+            let text = support::metrics::scrape(&world).await?;
             let in_flight = r#"oncely_in_flight_messages{worker="test"}"#;
-            while support::metrics::value(&support::metrics::scrape(&world).await?, in_flight)
-                != Some(1.0)
-            {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-            anyhow::Ok(())
-        };
-        tokio::time::timeout(PATIENCE, at_work)
-            .await
-            .context("wait for the handler to begin")??;
+            Ok((support::metrics::value(&text, in_flight) == Some(1.0)).then_some(()))
+        })
+        .await?;
         world.nats.pause()?;
         world
             .until("select count(*) from oncely.inbox where event_id = 'e1'", 1)

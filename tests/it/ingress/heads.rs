@@ -116,18 +116,13 @@ both!(
             .headers
             .push(("ce-source".to_owned(), source.to_owned()));
         world.nats.publish_all(vec![over_nats]).await?;
-        let (end, duplicates) = (
-            Instant::now() + PATIENCE,
-            r#"oncely_messages_total{worker="test",verdict="duplicate"}"#,
-        );
-        while metrics::value(&metrics::scrape(&world).await?, duplicates) != Some(1.0) {
-            ensure!(
-                Instant::now() < end,
-                "the message was not a duplicate:\n{}",
-                metrics::scrape(&world).await?
-            );
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        eventually("the message is a duplicate", || async {
+            let text = metrics::scrape(&world).await?;
+            let duplicates = r#"oncely_messages_total{worker="test",verdict="duplicate"}"#;
+            ensure!(metrics::value(&text, duplicates) == Some(1.0), "{text}");
+            Ok(Some(()))
+        })
+        .await?;
         assert_eq!(effects(&world, &format!("{source}|{id}")).await?, (1, 2));
         assert_eq!(
             world

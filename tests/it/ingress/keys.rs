@@ -248,10 +248,10 @@ async fn requests_in_flight_are_known_to_other_hosts() -> Result<()> {
 
 /// Waits until the host handles a request.
 async fn in_flight(world: &World) -> Result<()> {
-    let end = Instant::now() + Duration::from_secs(20);
-    let series = r#"oncely_in_flight_messages{worker="test"}"#;
-    while metrics::value(&metrics::scrape(world).await?, series) != Some(1.0) {
-        anyhow::ensure!(Instant::now() < end, "no request is in flight");
-    }
-    Ok(())
+    eventually("a request is in flight", || async {
+        let text = metrics::scrape(world).await?;
+        let series = r#"oncely_in_flight_messages{worker="test"}"#;
+        Ok((metrics::value(&text, series) == Some(1.0)).then_some(()))
+    })
+    .await
 }
