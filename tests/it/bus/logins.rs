@@ -7,9 +7,10 @@ use async_nats::ConnectOptions;
 use oncely::bus::{Bus, StreamSpec};
 use oncely::config::{HostConfig, HostFlags, Login, Nats, Secret};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use support::eventually::eventually;
 use support::nats::NatsServer;
 
-use super::{message, next, outgoing, proof, pull_from, until};
+use super::{message, next, outgoing, proof, pull_from};
 
 /// Receives a message from a server with this configuration and acknowledges it.
 async fn check_login(configuration: &str, options: ConnectOptions, nats: Nats) -> Result<()> {
@@ -202,8 +203,9 @@ async fn check_rotation(
     let pulled = next(&mut pull).await?;
     assert_eq!(pulled.message.event_id, "2");
     pulled.receipt.ack(&proof().await?).await?;
-    until("publishing works again", || async {
-        Ok(bus.publish(vec![outgoing("in.b", "3")]).await[0].is_ok())
+    eventually("publishing works again", || async {
+        let answers = bus.publish(vec![outgoing("in.b", "3")]).await;
+        Ok(answers[0].is_ok().then_some(()))
     })
     .await
 }
