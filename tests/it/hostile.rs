@@ -123,7 +123,7 @@ const HOSTILE: &[(&str, &str, &str, &str, &str)] = &[
         "state_many",
         r#"{"keys": 20, "size": 6000}"#,
         "attempts-exhausted",
-        "more than 102400 bytes",
+        "exceed 102400 bytes",
     ),
     (
         "unknown",
