@@ -476,7 +476,7 @@ impl Host {
             &mut *self.hold.lock().unwrap_or_else(PoisonError::into_inner),
             hold.clone(),
         );
-        self.services.relay_state.set_held(hold.is_some());
+        self.services.relay_state.set_suspended(hold.is_some());
         match (&before, &hold) {
             (None, Some(hold)) => {
                 tracing::error!(reason = %hold, "workers and relay held");

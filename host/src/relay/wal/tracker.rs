@@ -13,7 +13,7 @@ pub enum WalOutcome {
     /// Left to the poller. These outcomes are numbered.
     Poll {
         seq: i64,
-        how: Unpublished,
+        outcome: Unpublished,
         number: u64,
     },
 }
@@ -96,7 +96,7 @@ impl Tracker {
     /// Applies an outcome. An unknown output was received by an earlier reader.
     pub fn on_outcome(&mut self, outcome: WalOutcome) {
         let seq = match &outcome {
-            WalOutcome::Published(place) => place.seq,
+            WalOutcome::Published(published) => published.seq,
             WalOutcome::Poll { seq, .. } => *seq,
         };
         if let WalOutcome::Poll { number, .. } = outcome {
@@ -113,9 +113,13 @@ impl Tracker {
         };
         transaction.open_count -= 1;
         match outcome {
-            WalOutcome::Published(place) => transaction.published.push(place),
-            WalOutcome::Poll { seq, how, number } => {
-                transaction.unpublished.push((seq, how));
+            WalOutcome::Published(published) => transaction.published.push(published),
+            WalOutcome::Poll {
+                seq,
+                outcome,
+                number,
+            } => {
+                transaction.unpublished.push((seq, outcome));
                 transaction.numbers.push(number);
                 self.unrecorded.insert(number);
             }
@@ -226,7 +230,7 @@ fn push<T>(entries: &mut VecDeque<T>, entry: T) {
 
 fn take_passed<T>(entries: &mut VecDeque<(T, Lsn)>, position: Lsn) -> Option<T> {
     let mut last = None;
-    while entries.front().is_some_and(|(_, place)| *place <= position) {
+    while entries.front().is_some_and(|(_, end)| *end <= position) {
         last = entries.pop_front().map(|(value, _)| value);
     }
     last
@@ -251,7 +255,7 @@ mod tests {
     fn poll_outcome(seq: i64, number: u64) -> WalOutcome {
         WalOutcome::Poll {
             seq,
-            how: Unpublished::BlockedBy(1),
+            outcome: Unpublished::BlockedBy(1),
             number,
         }
     }
