@@ -242,7 +242,7 @@ async fn redrive_plan(
 
     // Compare a new dry run with the plan.
     let current = dry_run::preview(&host.services, &ids).await?;
-    let mut answers = Vec::new();
+    let mut results = Vec::new();
     let mut dead_letters = Vec::new();
     for planned in &request.dead_letters {
         let current = current
@@ -252,7 +252,7 @@ async fn redrive_plan(
             || Some("no such dead letter".to_owned()),
             |current| stale_reason(&planned.preconditions, current),
         ) {
-            Some(why) => answers.push(DeadLetterActionResult {
+            Some(why) => results.push(DeadLetterActionResult {
                 id: planned.id,
                 refused: Some(why),
                 took_effect: false,
@@ -271,8 +271,8 @@ async fn redrive_plan(
     let (moved, rows) =
         retry_on_conflict(|| host.services.store.redrive(&dead_letters, &request.by)).await?;
     host.services.publish_outputs(rows, since).await;
-    answers.extend(moved);
-    Ok(Json(answers))
+    results.extend(moved);
+    Ok(Json(results))
 }
 
 /// The reason that a plan does not hold any more; none when it holds.
@@ -397,7 +397,7 @@ where
                 conflicts += 1;
                 pause_after(conflicts).await;
             }
-            answer => return answer,
+            result => return result,
         }
     }
 }

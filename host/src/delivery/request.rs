@@ -111,7 +111,7 @@ impl Delivery {
             RequestClaim::Acquired(tx) => tx,
             RequestClaim::Settled(settled) => return Ok(settled),
         };
-        if let Err(error) = tx.answer_request(key, &response, *keep).await {
+        if let Err(error) = tx.store_response(key, &response, *keep).await {
             tx.rollback().await;
             return match error {
                 StoreError::Refused(cause) => Ok(commit_refused(&cause)),
@@ -302,7 +302,7 @@ impl Delivery {
             }
         }
         if let Some((key, keep)) = &incoming.key {
-            tx.answer_request(key, response, *keep).await?;
+            tx.store_response(key, response, *keep).await?;
         }
         Ok(rows)
     }
@@ -341,11 +341,11 @@ enum HandlerOutcome {
     Failure(CallFailure),
 }
 
-/// Determines the outcome. A handler may answer a failed statement with an error response, which is
-/// kept although the delivery is doomed.
+/// Determines the outcome. An error response of the handler to a failed statement is kept, although
+/// the delivery is doomed.
 fn handler_outcome(outcome: &mut CallOutcome) -> HandlerOutcome {
     let result = std::mem::replace(&mut outcome.result, Ok(Vec::new()));
-    let failure = match result.map(|answers| answers.into_iter().find_map(Result::err)) {
+    let failure = match result.map(|results| results.into_iter().find_map(Result::err)) {
         Ok(failure) => failure,
         Err(failure) => Some(failure),
     };

@@ -460,7 +460,7 @@ pub struct RetentionPolicy {
     pub outputs: Duration,
     /// Counted from the transaction; `None` keeps rows for ever.
     pub inbox: Option<Duration>,
-    /// The maximum for answers to requests: each answer has its own expiry.
+    /// The maximum for responses to requests: each response has its own expiry.
     pub requests: Duration,
     /// The most rows that are deleted or moved one by one in a run. On PostgreSQL, whole partitions
     /// are emptied regardless of their size.
@@ -746,15 +746,15 @@ pub trait Tx: Send {
     /// Releases claimed event ids of batch items that failed and ran no SQL.
     async fn release_claims(&mut self, event_ids: &[String]) -> Result<()>;
 
-    /// Claims an idempotency key for this transaction, or returns the stored answer. Does not wait
-    /// for another transaction that has the key.
+    /// Claims an idempotency key for this transaction, or returns the stored response. Does not
+    /// wait for another transaction that has the key.
     async fn claim_request(&mut self, request: &RequestKey) -> Result<ClaimedRequest>;
 
-    /// Stores the answer to a key that this transaction claimed, for at least `keep`.
-    async fn answer_request(
+    /// Stores the response to a key that this transaction claimed, for at least `keep`.
+    async fn store_response(
         &mut self,
         request: &RequestKey,
-        answer: &HttpResponse,
+        response: &HttpResponse,
         keep: Duration,
     ) -> Result<()>;
 

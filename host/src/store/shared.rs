@@ -64,8 +64,8 @@ impl Savepoint {
     }
 }
 
-/// An answer from its columns.
-pub(super) fn stored_answer(status: i64, headers: &str, body: Vec<u8>) -> Result<HttpResponse> {
+/// A response from its columns.
+pub(super) fn stored_response(status: i64, headers: &str, body: Vec<u8>) -> Result<HttpResponse> {
     let status = u16::try_from(status)
         .context("read a status")
         .map_err(StoreError::Unavailable)?;

@@ -202,7 +202,7 @@ async fn truncate_oldest(
         totals::record_completed_redrives(session).await?;
     }
 
-    // Archive the expired rows. Answers to requests are not archived.
+    // Archive the expired rows. Responses to requests are not archived.
     if let (Some(folder), PartitionedTable::Inbox | PartitionedTable::Outbox) =
         (&retention.archive, table)
     {
