@@ -646,7 +646,10 @@ fn every_manifest_key_is_in_the_reference() {
             Some(key)
         });
         for key in documented {
-            assert!(keys.contains(&key), "{heading} has `{key}`, which is no key");
+            assert!(
+                keys.contains(&key),
+                "{heading} has `{key}`, which is no key"
+            );
         }
     }
 }
