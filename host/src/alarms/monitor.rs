@@ -24,7 +24,7 @@ const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The state of a host that alarms depend on, beside the database.
 pub struct HostState {
-    /// Whether database and broker disagree.
+    /// Whether the database and NATS disagree.
     pub is_restored: bool,
     /// The workers that cannot run on this host, each with the reason.
     pub broken: HashMap<String, String>,
@@ -91,7 +91,7 @@ struct Measurements {
     outputs: Vec<OutboxLag>,
     /// How many outputs had to change their id, by worker.
     taken_ids: BTreeMap<String, u64>,
-    /// Whether database and broker disagree.
+    /// Whether the database and NATS disagree.
     is_restored: bool,
     /// The workers that cannot run here, with the reason.
     broken: HashMap<String, String>,

@@ -43,7 +43,7 @@ pub enum Kind {
     /// A stream already held other messages under the ids of outputs. The outputs were published
     /// under other ids.
     IdTaken,
-    /// Database and broker disagree: one of them was restored to an earlier time.
+    /// The database and NATS disagree: one of them was restored to an earlier time.
     Restored,
     /// A deployed worker does not run, or receives no messages.
     CannotRun,
@@ -439,7 +439,7 @@ impl Notice {
                  these outputs were published under other ids"
             ),
             Kind::Restored => format!(
-                "database and broker disagree, as after a restore of one of them: worker {worker} \
+                "the database and NATS disagree, as after a restore of one of them: worker {worker} \
                  receives no messages, and its outputs are not published"
             ),
             Kind::CannotRun => format!("worker {worker} cannot run{}", self.reason_suffix()),

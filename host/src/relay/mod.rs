@@ -416,7 +416,7 @@ impl Relay {
                 continue;
             }
 
-            // Wait while database and NATS disagree.
+            // Wait while the database and NATS disagree.
             if self.state.is_suspended_for(&output.row.subject) {
                 self.release(
                     &output.row,

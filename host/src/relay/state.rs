@@ -56,7 +56,7 @@ pub struct RelayState {
     pub(super) is_reading: AtomicBool,
     pub(super) is_recording: AtomicBool,
     lease: Mutex<Option<Lease>>,
-    /// Whether only alarms are sent, because database and NATS disagree.
+    /// Whether only alarms are sent, because the database and NATS disagree.
     suspended: AtomicBool,
     /// Whether a recovery found outputs on their streams, which must not be sent again.
     recovered: AtomicBool,
@@ -165,7 +165,7 @@ impl RelayState {
         self.suspended.load(Ordering::SeqCst)
     }
 
-    /// Whether an output has to wait until database and NATS agree. Alarms do not wait, because
+    /// Whether an output has to wait until the database and NATS agree. Alarms do not wait, because
     /// they report the disagreement.
     pub(super) fn is_suspended_for(&self, subject: &str) -> bool {
         self.is_suspended() && !subject.starts_with("oncely.alarm.")

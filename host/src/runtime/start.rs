@@ -83,11 +83,11 @@ impl Host {
         )?;
         let host = Arc::clone(&parts.host);
 
-        // Nothing is published or consumed before database and broker are compared.
+        // Nothing is published or consumed before the database and NATS are compared.
         let comparison = host
             .compare()
             .await
-            .context("compare database and broker")?;
+            .context("compare the database and NATS")?;
         host.set_hold(comparison.hold).await;
 
         running.start_relay(parts);

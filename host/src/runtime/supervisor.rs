@@ -61,8 +61,8 @@ impl Host {
             return;
         }
 
-        // Message workers are held while database and broker disagree. HTTP workers do not need the
-        // broker.
+        // Message workers are held while the database and NATS disagree. HTTP workers do not need
+        // NATS.
         let is_held = || self.hold().is_some() && takes_messages(deployment);
         if is_held() {
             return;

@@ -53,7 +53,7 @@ pub enum RunState {
     Paused,
     /// It cannot run, or its consumer is gone.
     Broken,
-    /// It is not started while database and broker disagree.
+    /// It is not started while the database and NATS disagree.
     Held,
 }
 
