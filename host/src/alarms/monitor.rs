@@ -89,7 +89,7 @@ struct Measurements {
     existing: Vec<Alarm>,
     dead_letters: Vec<DeadLetterDepth>,
     outputs: Vec<OutboxLag>,
-    /// How many outputs had to change their id, by worker.
+    /// Number of outputs that had to change their id, by worker.
     taken_ids: BTreeMap<String, u64>,
     /// Whether the database and NATS disagree.
     is_restored: bool,
@@ -98,7 +98,8 @@ struct Measurements {
 }
 
 impl Measurements {
-    /// Clears the alarms of retired workers about running and waiting: they do neither.
+    /// Clears alarms of retired workers: `cannot-run`, `unhandled-age` and `restored` do not apply
+    /// to them.
     fn clear_for_retired(&self, workers: &[Worker]) -> Vec<AlarmUpdate> {
         let is_over = |alarm: &&Alarm| {
             matches!(

@@ -31,7 +31,7 @@ use crate::store::{
 /// The maximum number of dead letters per request: each request is one transaction.
 const DEAD_LETTERS_MAX: usize = 500;
 
-/// How often a transaction is retried at once after conflicts.
+/// Maximum number of retries of a transaction at once after conflicts.
 const CONFLICTS_MAX: u32 = 5;
 
 pub(super) fn routes() -> Router<Arc<Host>> {
@@ -183,14 +183,14 @@ async fn redrive(
 ) -> ApiResult<Vec<DeadLetterActionResult>> {
     check_count(request.dead_letters.len())?;
     let since = Instant::now();
-    let (moved, rows) = retry_on_conflict(|| {
+    let (results, rows) = retry_on_conflict(|| {
         host.services
             .store
             .redrive(&request.dead_letters, &request.by)
     })
     .await?;
     host.services.publish_outputs(rows, since).await;
-    Ok(Json(moved))
+    Ok(Json(results))
 }
 
 /// Dead letters for a dry run or a verification.
@@ -268,10 +268,10 @@ async fn redrive_plan(
         }
     }
     let since = Instant::now();
-    let (moved, rows) =
+    let (redriven, rows) =
         retry_on_conflict(|| host.services.store.redrive(&dead_letters, &request.by)).await?;
     host.services.publish_outputs(rows, since).await;
-    results.extend(moved);
+    results.extend(redriven);
     Ok(Json(results))
 }
 

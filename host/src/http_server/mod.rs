@@ -107,7 +107,7 @@ async fn accept(listener: &TcpListener, connections: &Connections) -> TcpStream 
             Ok((stream, _)) => return stream,
             Err(error) if is_client_error(&error) => {}
             Err(error) => {
-                connections.accept_failed(&error);
+                connections.free_file_descriptor(&error);
                 tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
             }
         }

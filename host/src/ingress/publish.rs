@@ -171,7 +171,7 @@ impl Publisher {
         let tx = self.store.begin(PUBLISHER, STATEMENT_TIMEOUT).await?;
         let mut tx = match claim(tx, incoming).await? {
             RequestClaim::Acquired(tx) => tx,
-            RequestClaim::Settled(settled) => return Ok(Ok(settled)),
+            RequestClaim::HandledElsewhere(outcome) => return Ok(Ok(outcome)),
         };
         if let Some(problem) = refusal {
             tx.rollback().await;

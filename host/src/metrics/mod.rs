@@ -497,7 +497,7 @@ impl Metrics {
             .inc();
     }
 
-    /// Counts a delivered batch, and how often its transactions were run again.
+    /// Counts a delivered batch, and the reruns of its transactions.
     pub fn batch(&self, worker: &str, reruns: u32) {
         self.batches.get_or_create(&worker_labels(worker)).inc();
         self.reruns

@@ -199,7 +199,7 @@ pub struct Alarm {
     pub kind: Kind,
     /// The new failure; none for other kinds.
     pub group: Option<FailureGroup>,
-    /// How often it was raised so far.
+    /// Number of times that it was raised so far.
     pub times: u32,
     /// The value measured when it was raised, in the unit of the threshold: a count or
     /// milliseconds.
@@ -305,7 +305,7 @@ pub struct Notice {
     pub kind: Kind,
     /// The new failure; none for other kinds.
     pub group: Option<FailureGroup>,
-    /// How often it was raised, this time included.
+    /// Number of times that it was raised, this one included.
     pub times: u32,
     /// The current measured value.
     pub value: u64,

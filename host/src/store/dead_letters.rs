@@ -394,7 +394,8 @@ pub(super) struct LockedDeadLetter {
     pub reason: String,
     pub state: DeadLetterState,
     pub generation: u32,
-    /// The state of its event in the inbox, unless that record is for another payload.
+    /// The state of its event id in the inbox. Check `owns_event` first: the record of a reused id
+    /// is about another message.
     pub inbox: Option<String>,
 }
 
@@ -477,7 +478,7 @@ pub(super) fn action_results(
         None if done.contains(&id) => None,
         None => Some("no such dead letter".to_owned()),
     };
-    let moved = |(id, refused): (i64, Option<String>)| {
+    let result_of = |(id, refused): (i64, Option<String>)| {
         let took_effect = refused.as_deref() == Some(TOOK_EFFECT);
         DeadLetterActionResult {
             id,
@@ -485,5 +486,5 @@ pub(super) fn action_results(
             took_effect,
         }
     };
-    ids.into_iter().map(|id| moved((id, why(id)))).collect()
+    ids.into_iter().map(|id| result_of((id, why(id)))).collect()
 }

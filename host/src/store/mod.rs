@@ -675,10 +675,10 @@ pub trait Store: Send + Sync + 'static {
     /// if its alarm has changed since it was read.
     async fn apply_alarm_updates(&self, moves: &[alarm::AlarmUpdate]) -> Result<AlarmNotices>;
 
-    /// Redrives dead letters, in one transaction. Their events are no longer settled, and their
-    /// generations increase by one. For each, a message that points the worker to the dead letter
-    /// is written to the outbox. Returns the result for each dead letter, and the messages that are
-    /// due for publishing now.
+    /// Redrives dead letters, in one transaction. Their generations increase by one. For each, a
+    /// message that points the worker to the dead letter is written to the outbox. Its inbox row
+    /// stays `dead` until the redriven message claims it. Returns the result for each dead letter,
+    /// and the messages that are due for publishing now.
     async fn redrive(
         &self,
         dead_letters: &[Redrive],
@@ -686,7 +686,7 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<(Vec<DeadLetterActionResult>, Vec<OutboxRow>)>;
 
     /// The message for `worker` that a pointer to dead letter `id` stands for. If the pointer is
-    /// out of date or names another worker's dead letter, the proof that the pointer is settled.
+    /// out of date or names another worker's dead letter, the proof that it can be acknowledged.
     async fn redriven_message(
         &self,
         worker: &str,

@@ -239,7 +239,7 @@ impl PostgresStore {
         retention: &RetentionPolicy,
     ) -> Result<bool> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        let done = partitions::step(&mut session, table, keep, retention).await?;
+        let done = partitions::run_next_step(&mut session, table, keep, retention).await?;
         session.commit().await?;
         Ok(done)
     }
@@ -689,11 +689,11 @@ impl Store for PostgresStore {
         attribution: &Attribution,
     ) -> Result<(Vec<DeadLetterActionResult>, Vec<OutboxRow>)> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        let moved = redrive::redrive(&mut session, dead_letters, attribution).await?;
+        let results = redrive::redrive(&mut session, dead_letters, attribution).await?;
         fault::point(fault::BEFORE_REDRIVE);
         session.commit().await?;
         fault::point(fault::AFTER_REDRIVE);
-        Ok(moved)
+        Ok(results)
     }
 
     async fn redriven_message(
@@ -722,9 +722,9 @@ impl Store for PostgresStore {
         attribution: &Attribution,
     ) -> Result<Vec<DeadLetterActionResult>> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        let moved = redrive::update_dead_letters(&mut session, ids, action, attribution).await?;
+        let results = redrive::update_dead_letters(&mut session, ids, action, attribution).await?;
         session.commit().await?;
-        Ok(moved)
+        Ok(results)
     }
 
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {
