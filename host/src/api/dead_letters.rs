@@ -125,7 +125,7 @@ impl From<DeadLetterRecord> for DeadLetter {
             failure_history: record.attempts,
             edits: record.edits.into_iter().map(body_edit).collect(),
             audit: record.audit,
-            inbox: record.settled.map(|(state, at)| InboxEntry { state, at }),
+            inbox: record.inbox.map(|(state, at)| InboxEntry { state, at }),
             outputs: record.outputs,
         }
     }

@@ -271,10 +271,10 @@ impl Lane {
                 .metrics
                 .verdict(&self.delivery.worker.name, verdict.as_str());
             match verdict {
-                Verdict::Done(settled) => acknowledge(pending_message, settled).await,
-                Verdict::Duplicate(settled) => {
+                Verdict::Done(proof) => acknowledge(pending_message, proof).await,
+                Verdict::Duplicate(proof) => {
                     fault::witness(fault::DUPLICATE_SKIPPED);
-                    acknowledge(pending_message, settled).await;
+                    acknowledge(pending_message, proof).await;
                 }
                 Verdict::Retry { after, .. } if self.blocks_key(&pending_message) => {
                     queue.hold(pending_message, Instant::now() + after)
@@ -324,7 +324,7 @@ impl Lane {
         let new_failures = self.delivery.worker.alarm.new_failures;
         let dead_letter = || self.delivery.store.dead_letter(&dead_letters, new_failures);
         let Some(DeadLettered {
-            settled,
+            proofs,
             notices,
             alarms,
         }) = self
@@ -358,8 +358,8 @@ impl Lane {
         // Publish their notices and acknowledge.
         self.relay.hand_over(notices, leased_at).await;
         self.relay.hand_over(alarms.rows, leased_at).await;
-        for ((pending_message, _), settled) in dead.into_iter().zip(settled) {
-            acknowledge(pending_message, settled).await;
+        for ((pending_message, _), proof) in dead.into_iter().zip(proofs) {
+            acknowledge(pending_message, proof).await;
         }
         Ok(())
     }
@@ -391,8 +391,8 @@ impl Lane {
 }
 
 /// Acknowledges a message. After a lost ack the message is redelivered and is a duplicate.
-async fn acknowledge(pending_message: PendingMessage, settled: Settled) {
-    if let Err(error) = pending_message.receipt.ack(&settled).await {
+async fn acknowledge(pending_message: PendingMessage, proof: Settled) {
+    if let Err(error) = pending_message.receipt.ack(&proof).await {
         tracing::debug!(
             error = format!("{error:#}"),
             "failed to send an ack, the redelivered message will be skipped"

@@ -133,13 +133,13 @@ impl<T: Sequenced> RedeliveryBarrier<T> {
             loop {
                 tokio::time::sleep(POLL_INTERVAL).await;
                 // One permit belongs to the message that is being pulled.
-                let held = waiting
+                let held_here = waiting
                     .capacity
                     .saturating_sub(permits.available_permits() + 1);
                 if probe
                     .backlog()
                     .await
-                    .is_ok_and(|backlog| backlog.ack_pending <= held as u64)
+                    .is_ok_and(|backlog| backlog.ack_pending <= held_here as u64)
                 {
                     return;
                 }

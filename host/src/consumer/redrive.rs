@@ -126,7 +126,7 @@ async fn dispatch(
             };
             return lanes.dispatch_all(vec![pending_message]).await;
         }
-        Some(RedriveLookup::OutOfDate(settled)) => pulled.receipt.ack(&settled).await,
+        Some(RedriveLookup::OutOfDate(proof)) => pulled.receipt.ack(&proof).await,
         None => pulled.receipt.nack(NACK_DELAY).await,
     };
     if let Err(error) = sent {

@@ -61,7 +61,7 @@ impl Duplicates {
 }
 
 /// Whether a stream holds an output at the position of its id. A message that is no longer there
-/// counts as held. It was removed by age, by a limit, by an operator, or by its ack on a queue.
+/// counts as stored. It was removed by age, by a limit, by an operator, or by its ack on a queue.
 ///
 /// # Errors
 /// The stream cannot be read.

@@ -53,7 +53,7 @@ impl KeyQueues {
     /// Takes leased outputs, in order. Returns those that are blocked by an output of another host.
     /// Outputs with the same blocker continue together.
     pub fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) -> Vec<(i64, Unpublished)> {
-        let mut waiting = BTreeMap::new();
+        let mut blocked = BTreeMap::new();
         for row in rows {
             match row
                 .blocked_by
@@ -61,15 +61,15 @@ impl KeyQueues {
                 .find(|blocker| !self.is_known(**blocker))
             {
                 Some(missing) => {
-                    let before = waiting.get(missing).unwrap_or(missing);
-                    waiting.insert(row.seq, *before);
+                    let blocker = blocked.get(missing).unwrap_or(missing);
+                    blocked.insert(row.seq, *blocker);
                 }
                 None => self.push(LeasedOutput { row, since }),
             }
         }
-        waiting
+        blocked
             .into_iter()
-            .map(|(seq, before)| (seq, Unpublished::BlockedBy(before)))
+            .map(|(seq, blocker)| (seq, Unpublished::BlockedBy(blocker)))
             .collect()
     }
 

@@ -95,13 +95,13 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(15);
 pub struct RelayHandle {
     store: Arc<dyn Store>,
     state: Arc<RelayState>,
-    sender: mpsc::Sender<LeasedOutputs>,
+    sender: mpsc::Sender<HandedOverOutputs>,
     /// False while the WAL reader is far behind.
     accepting: watch::Receiver<bool>,
 }
 
-/// Outputs that this host committed. Their leases began at `since` or later.
-struct LeasedOutputs {
+/// Outputs that lanes of this host committed. Their leases began at `since` or later.
+struct HandedOverOutputs {
     rows: Vec<OutboxRow>,
     /// Outputs that are already on their streams.
     already_published: Vec<Published>,
@@ -119,7 +119,7 @@ impl RelayHandle {
         match recovered::split(&*self.store, &self.state, rows).await {
             Ok((rows, already_published)) => drop(
                 self.sender
-                    .send(LeasedOutputs {
+                    .send(HandedOverOutputs {
                         rows,
                         already_published,
                         since,
@@ -141,7 +141,7 @@ pub struct Relay {
     bus: Bus,
     metrics: Arc<Metrics>,
     state: Arc<RelayState>,
-    handed_over: mpsc::Receiver<LeasedOutputs>,
+    handed_over: mpsc::Receiver<HandedOverOutputs>,
     from_wal: mpsc::Receiver<WalOutputs>,
     key_queues: KeyQueues,
     recorder: Recorder,
@@ -272,7 +272,7 @@ impl Relay {
                     }
                 }
                 leased = self.handed_over.recv(), if !has_lanes_closed && self.key_queues.len() < OUTPUTS_MAX => match leased {
-                    Some(LeasedOutputs { rows, already_published, since }) => {
+                    Some(HandedOverOutputs { rows, already_published, since }) => {
                         self.take_published(already_published);
                         self.take(rows, since);
                     }

@@ -123,7 +123,7 @@ impl Host {
             .relay_state
             .set_check_recovered(watermarks.has_recovered);
         let mut why = Vec::new();
-        if name.is_some() && watermarks.known.is_none() {
+        if name.is_some() && watermarks.requested_written_at.is_none() {
             why.push(
                 "the database was restored to an earlier time than NATS: \
                  it lacks the last watermark of NATS"
@@ -225,7 +225,8 @@ impl Host {
         else {
             return Ok(None);
         };
-        let Some(lost_since) = self.services.store.watermarks(Some(name)).await?.known else {
+        let watermarks = self.services.store.watermarks(Some(name)).await?;
+        let Some(lost_since) = watermarks.requested_written_at else {
             return Ok(None);
         };
         let lost = written_at.duration_since(lost_since).unsigned_abs();

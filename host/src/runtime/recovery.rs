@@ -234,7 +234,7 @@ impl Host {
             .consumers
             .get(&worker.name)
             .filter(|floor| floor.stream == *name && is_unchanged);
-        // Messages below were settled in the database before the watermark recorded it.
+        // Messages below were in the inbox before the watermark recorded their acks.
         let from = floor.map_or(1, |floor| floor.sequence.min(rewind.acknowledged) + 1);
         rewind.from = Some(from.max(stream.first_sequence).max(1));
         Ok(Some(rewind))

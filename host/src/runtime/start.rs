@@ -210,12 +210,12 @@ impl HostTasks {
         Ok(state)
     }
 
-    /// Starts the relay. It stops claiming due outputs with the supervision, and ends after the
+    /// Starts the relay. It stops leasing due outputs with the supervision, and ends after the
     /// last lane has handed over its outputs.
     fn start_relay(&mut self, parts: Parts) {
         let stopping = self.supervision.stopping();
-        if let Some((keeper, reader)) = parts.wal {
-            self.wal.spawn(keeper.run(stopping.clone()));
+        if let Some((controller, reader)) = parts.wal {
+            self.wal.spawn(controller.run(stopping.clone()));
             self.wal.spawn(reader.run(self.wal.stopping()));
         }
         self.relay.spawn(parts.relay.run(stopping.clone()));

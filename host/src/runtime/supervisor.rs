@@ -174,7 +174,7 @@ impl Host {
             "worker running"
         );
         slot.running = Some(running);
-        (slot.broken, slot.standing) = (None, ConsumerState::default());
+        (slot.broken, slot.consumer_state) = (None, ConsumerState::default());
         Ok(())
     }
 

@@ -2,8 +2,8 @@
 //! step towards the requested one. One host is the reader.
 //!
 //! The reader receives outputs in the order of their commits and hands them to the relay. It
-//! regularly records the position up to which all outputs are settled. An output that fails is left
-//! to the poller, which handles all retries. A failing output therefore never delays the position.
+//! regularly records the position up to which all outputs are published or left to the poller. The
+//! poller handles all retries. A failing output therefore never delays the position.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -494,7 +494,7 @@ impl WalSession {
         since >= HEARTBEAT_INTERVAL || (since >= RECORD_INTERVAL && self.tracker.has_outcomes())
     }
 
-    /// Records the position up to which all outputs are settled.
+    /// Records the position up to which all outputs have an outcome.
     ///
     /// Returns false when this host is no longer the reader, or when the state of the broker is
     /// unknown. After a new connection or a loss, a stream may lack messages that it acknowledged

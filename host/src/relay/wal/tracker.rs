@@ -1,4 +1,4 @@
-//! Tracker of the WAL reader: the position in commit order up to which all outputs are settled.
+//! Tracker of the WAL reader: the position in commit order up to which all outputs have an outcome.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
@@ -133,7 +133,7 @@ impl Tracker {
             .is_some_and(|transaction| transaction.is_complete() && transaction.at.is_some())
     }
 
-    /// The position up to which all outputs are settled.
+    /// The position up to which all outputs have an outcome.
     pub fn position(&self) -> Lsn {
         self.position
     }
@@ -145,7 +145,7 @@ impl Tracker {
             .map_or(self.highest_number, |first| first - 1)
     }
 
-    /// Takes settled transactions until the record has at least `max` outputs. Also returns the
+    /// Takes completed transactions until the record has at least `max` outputs. Also returns the
     /// numbers for [`Tracker::written`].
     pub fn take(&mut self, max: usize) -> (WalRecord, Vec<u64>) {
         let mut record = WalRecord::default();
@@ -211,7 +211,7 @@ impl Snapshots {
         push(&mut self.numbers, (snapshot.last_output, snapshot.next));
     }
 
-    /// The output number and the time up to which all outputs are settled.
+    /// The output number and the time up to which all outputs have an outcome.
     fn passed(&mut self, position: Lsn) -> (Option<i64>, Option<Timestamp>) {
         (
             take_passed(&mut self.placed, position),
@@ -307,7 +307,7 @@ mod tests {
         assert_eq!(tracker.take(100).0.position, 5);
         tracker.on_outcome(published(1));
         assert_eq!(tracker.take(100).0.position, 16);
-        // A transaction whose outputs were all settled before.
+        // A transaction whose outputs all had an outcome before.
         tracker.committed(20, at(2));
         assert_eq!(tracker.take(100).0.position, 20);
     }
