@@ -133,8 +133,8 @@ impl Breaker {
         opens
     }
 
-    /// Records a call that says nothing about the resource: it failed for another reason, or was not
-    /// made. If it was the probe, the next call is another probe.
+    /// Records a call that says nothing about the resource: it failed for another reason, or was
+    /// not made. If it was the probe, the next call is another probe.
     pub fn inconclusive(&mut self, now: Instant) {
         if self.state == State::HalfOpen {
             (self.state, self.until) = (State::Open, now);

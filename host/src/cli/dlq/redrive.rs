@@ -270,7 +270,7 @@ struct RedriveSummary {
 }
 
 impl RedriveSummary {
-    /// Polls until all dead letters are settled, the time is over, or Ctrl-C is pressed.
+    /// Polls until no redrive is pending, the time is over, or Ctrl-C is pressed.
     async fn wait(
         client: &Client,
         results: &[DeadLetterActionResult],
