@@ -417,8 +417,8 @@ impl BatchRun {
         }
     }
 
-    /// The items of a group that can run now. An item of a key with an earlier, failed item gets the
-    /// verdict `Blocked`.
+    /// The items of a group that can run now. An item of a key with an earlier, failed item gets
+    /// the verdict `Blocked`.
     fn runnable(&mut self, group: Vec<BatchItem>) -> Vec<BatchItem> {
         let (blocked, runnable): (Vec<_>, Vec<_>) =
             group.into_iter().partition(|item| self.is_blocked(item));
