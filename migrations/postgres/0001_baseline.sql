@@ -1005,7 +1005,7 @@ end $$;
 
 -- Stores the response to a request, to be kept for a number of microseconds. Replaces an expired
 -- response. Returns false on a conflict with one that is not expired.
-create function oncely_definer.answer_request(
+create function oncely_definer.store_response(
     token bytea, worker text, route text, caller text, key text, fingerprint bytea,
     status integer, headers text, body bytea, keep bigint
 ) returns boolean

@@ -136,7 +136,7 @@ impl Scene {
         self.world.database = backup;
         self.world.spawn_host()?;
         self.world
-            .not_ready("the database is older than the broker")
+            .not_ready("the database was restored to an earlier time than NATS")
             .await?;
         self.record("databases restored and detected", 1);
         self.recover().await

@@ -1,4 +1,4 @@
-//! `oncely-client` against a real server whose answers are lost, late or errors.
+//! `oncely-client` against a real server whose responses are lost, late or errors.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -16,13 +16,13 @@ use support::server::free_port;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-/// The answer to one try: status, headers, body.
+/// The response to one try: status, headers, body.
 type Reply = (u16, Vec<(&'static str, String)>, &'static str);
 
 /// A received request: method, path, key, body.
 type Arrived = (Method, String, Option<String>, Bytes);
 
-/// A server with scripted answers that stores an answer under each key.
+/// A server with scripted responses that stores a response under each key.
 struct Server {
     port: u16,
     shared: Arc<Shared>,
@@ -30,10 +30,10 @@ struct Server {
 }
 
 struct Shared {
-    /// The answer to the try with this number, from 0.
+    /// The response to the try with this number, from 0.
     replies: Box<dyn Fn(usize) -> Reply + Send + Sync>,
     arrived: Mutex<Vec<Arrived>>,
-    /// Per the IETF draft: the body that ran under a key, and its answer.
+    /// Per the IETF draft: the body that ran under a key, and its response.
     stored: Mutex<HashMap<String, (Bytes, String)>>,
 }
 
@@ -80,7 +80,7 @@ fn quick(port: u16) -> Builder {
         .backoff(Duration::from_millis(1), Duration::from_millis(20))
 }
 
-/// A pseudo status: run the request once and store the answer under its key.
+/// A pseudo status: run the request once and store the response under its key.
 const STORE: u16 = 0;
 
 async fn reply(
@@ -109,7 +109,7 @@ async fn reply(
     response
 }
 
-/// Runs a request once for its key and returns the stored answer from then on.
+/// Runs a request once for its key and returns the stored response from then on.
 fn store(shared: &Shared, key: String, body: Bytes) -> Response {
     let mut stored = shared.stored.lock().unwrap();
     let run = format!("run {}", stored.len() + 1);
@@ -123,7 +123,9 @@ fn store(shared: &Shared, key: String, body: Bytes) -> Response {
             )
                 .into_response()
         }
-        Some((_, answer)) => ([("idempotency-replayed", "true")], answer.clone()).into_response(),
+        Some((_, response)) => {
+            ([("idempotency-replayed", "true")], response.clone()).into_response()
+        }
         None => {
             stored.insert(key, (body, run.clone()));
             (StatusCode::CREATED, run).into_response()
@@ -154,10 +156,10 @@ async fn all_tries_of_an_operation_share_one_idempotency_key() -> Result<()> {
         .header("authorization", "Bearer t")
         .build()?;
     for _ in 0..2 {
-        let answer = client.publish("orders.placed", "o-1").send().await?;
+        let response = client.publish("orders.placed", "o-1").send().await?;
         ensure!(
-            answer.tries == 4 && answer.status == 200 && !answer.replayed,
-            "{answer:?}"
+            response.tries == 4 && response.status == 200 && !response.replayed,
+            "{response:?}"
         );
     }
     let arrived = server.arrived();
@@ -184,20 +186,21 @@ async fn a_lost_response_is_returned_as_a_replay() -> Result<()> {
         let server = Server::start(|_| (STORE, vec![], "")).await?;
         let proxy = Proxy::start(server.port).await?;
         let client = quick(proxy.port()).build()?;
-        let (cut_in_time, answer) = tokio::join!(proxy.cut(cut, Duration::from_secs(10)), async {
-            // After the cut is armed.
-            tokio::task::yield_now().await;
-            client
-                .publish("orders.placed", "o-1")
-                .key("order-1")
-                .send()
-                .await
-        });
-        let answer = answer?;
+        let (cut_in_time, response) =
+            tokio::join!(proxy.cut(cut, Duration::from_secs(10)), async {
+                // After the cut is armed.
+                tokio::task::yield_now().await;
+                client
+                    .publish("orders.placed", "o-1")
+                    .key("order-1")
+                    .send()
+                    .await
+            });
+        let response = response?;
         ensure!(cut_in_time, "no opportunity for {cut:?}");
         ensure!(
-            answer.tries == 2 && answer.replayed && answer.text() == "run 1",
-            "{cut:?}: {answer:?}"
+            response.tries == 2 && response.replayed && response.text() == "run 1",
+            "{cut:?}: {response:?}"
         );
         let keys: Vec<_> = server
             .arrived()
@@ -353,9 +356,9 @@ async fn retry_after_is_honoured_in_both_forms() -> Result<()> {
         .await?;
         let begun = Instant::now();
         let client = server.client().random(|| 0.0).build()?;
-        let answer = client.publish("orders.placed", "o-1").send().await?;
+        let response = client.publish("orders.placed", "o-1").send().await?;
         let waited = begun.elapsed();
-        ensure!(answer.tries == 2, "{answer:?}");
+        ensure!(response.tries == 2, "{response:?}");
         ensure!(
             (Duration::from_millis(990)..Duration::from_secs(5)).contains(&waited),
             "{form}: {waited:?}"
@@ -392,7 +395,7 @@ async fn a_retry_after_beyond_the_deadline_gives_up_at_once() -> Result<()> {
     );
     ensure!(gave_up(error)?.reason == GiveUpReason::Deadline(Duration::from_secs(30)));
 
-    // A server that accepts connections and never answers.
+    // A server that accepts connections and never responds.
     let silent = TcpListener::bind(("127.0.0.1", 0)).await?;
     let client = quick(silent.local_addr()?.port())
         .try_timeout(Duration::from_millis(100))

@@ -108,7 +108,7 @@ async fn an_unworkable_deployment_is_refused_with_a_fix() -> Result<()> {
     )
     .await?;
     assert!(
-        text.contains("no stream holds the output `elsewhere.x`"),
+        text.contains("no stream accepts the output `elsewhere.x`"),
         "{text}"
     );
 

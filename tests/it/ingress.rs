@@ -1,4 +1,4 @@
-//! Requests over HTTP: a retry gets the first answer, and there is one effect despite all failures.
+//! Requests over HTTP: a retry gets the first response, and one effect remains despite failures.
 //!
 //! `docs/http.md` has a table of the rules of the IETF draft and of Stripe for idempotency keys.
 //! Each row has a test here.
@@ -53,7 +53,7 @@ path = "/do/{{*what}}"
     ))
 }
 
-/// A complete answer.
+/// A complete response.
 #[derive(Debug, Clone, PartialEq)]
 struct TestResponse {
     status: StatusCode,
@@ -61,7 +61,7 @@ struct TestResponse {
     body: Vec<u8>,
 }
 
-/// The deterministic status, headers and body of an answer.
+/// The deterministic status, headers and body of a response.
 type StableParts = (StatusCode, Vec<(String, Vec<u8>)>, Vec<u8>);
 
 impl TestResponse {
@@ -96,7 +96,7 @@ impl TestResponse {
         problem["code"].as_str().unwrap().to_owned()
     }
 
-    /// The parts of a replayed answer that must be identical.
+    /// The parts of a replayed response that must be identical.
     fn stable_parts(&self) -> StableParts {
         let of_the_moment = ["date", "idempotent-replayed"];
         let headers = self
@@ -126,18 +126,18 @@ async fn send_raw(world: &World, request: &[u8]) -> Result<(u16, String)> {
         .await
         .context("connect to the host")?;
     stream.write_all(request).await.context("send a request")?;
-    let mut answer = Vec::new();
-    tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer))
+    let mut response = Vec::new();
+    tokio::time::timeout(PATIENCE, stream.read_to_end(&mut response))
         .await?
-        .context("read an answer")?;
-    let answer = String::from_utf8_lossy(&answer).into_owned();
-    let status = answer
+        .context("read a response")?;
+    let response = String::from_utf8_lossy(&response).into_owned();
+    let status = response
         .split(' ')
         .nth(1)
         .and_then(|status| status.parse().ok());
     Ok((
-        status.with_context(|| format!("no status in `{answer}`"))?,
-        answer,
+        status.with_context(|| format!("no status in `{response}`"))?,
+        response,
     ))
 }
 

@@ -57,7 +57,7 @@ async fn start_with(kind: Kind, accounts: &[&str]) -> Result<World> {
     Ok(world)
 }
 
-/// An answer: its status and its body.
+/// A response: its status and its body.
 #[derive(Debug, Clone, PartialEq)]
 struct TestResponse {
     status: u16,
@@ -82,7 +82,7 @@ async fn send(request: reqwest::RequestBuilder) -> Result<TestResponse> {
     let response = request.timeout(Duration::from_secs(30)).send().await?;
     let status = response.status().as_u16();
     let replayed = response.headers().contains_key("idempotent-replayed");
-    let body = serde_json::from_slice(&response.bytes().await?).context("read an answer")?;
+    let body = serde_json::from_slice(&response.bytes().await?).context("read a response")?;
     Ok(TestResponse {
         status,
         replayed,
@@ -107,9 +107,9 @@ async fn post(
         if let Some(version) = version {
             request = request.header("If-Match", format!("\"{version}\""));
         }
-        let answer = send(request).await?;
-        if !["request-in-progress", "busy"].contains(&answer.problem().1) {
-            return Ok(answer);
+        let response = send(request).await?;
+        if !["request-in-progress", "busy"].contains(&response.problem().1) {
+            return Ok(response);
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -331,8 +331,8 @@ both!(each_refusal_has_its_own_code, |kind: Kind| async move {
         ),
     ];
     for (index, (path, body, problem)) in refused.iter().enumerate() {
-        let answer = post(&world, &format!("refused-{index}"), path, body, None).await?;
-        assert_eq!(answer.problem(), *problem, "{path} {body}: {answer:?}");
+        let response = post(&world, &format!("refused-{index}"), path, body, None).await?;
+        assert_eq!(response.problem(), *problem, "{path} {body}: {response:?}");
     }
     assert_eq!(
         get(&world, "/accounts/absent").await?.problem(),
@@ -405,13 +405,13 @@ both!(
                 .buffer_unordered(12)
                 .try_collect()
                 .await?;
-        for (n, answer) in &sent {
-            assert_eq!(answer.status, 201, "{answer:?}");
+        for (n, response) in &sent {
+            assert_eq!(response.status, 201, "{response:?}");
             let first = sent
                 .iter()
                 .find(|(other, _)| other == n)
-                .map(|(_, answer)| &answer.body);
-            assert_eq!(Some(&answer.body), first);
+                .map(|(_, response)| &response.body);
+            assert_eq!(Some(&response.body), first);
         }
         assert_eq!(
             world
@@ -443,8 +443,8 @@ both!(
             world.kill_host()?;
             world.start_host().await?;
         }
-        for answer in orders.await?? {
-            assert_eq!(answer.status, 201, "{answer:?}");
+        for response in orders.await?? {
+            assert_eq!(response.status, 201, "{response:?}");
         }
         assert_eq!(
             world
@@ -468,8 +468,10 @@ async fn transfer_until_answered(url: String, n: usize) -> Result<TestResponse> 
             .header("Idempotency-Key", format!("t-{n}"))
             .json(&order("alice", "bob", 7));
         match send(request).await {
-            Ok(answer) if answer.status < 500 && answer.problem().1 != "request-in-progress" => {
-                return Ok(answer);
+            Ok(response)
+                if response.status < 500 && response.problem().1 != "request-in-progress" =>
+            {
+                return Ok(response);
             }
             _ if Instant::now() < end => tokio::time::sleep(Duration::from_millis(20)).await,
             other => return other,
@@ -487,7 +489,7 @@ both!(
         )
         .await?;
         for (payer, can_spend) in [("alice", 1000), ("shop", 500)] {
-            let answers: Vec<TestResponse> = stream::iter(0..30)
+            let responses: Vec<TestResponse> = stream::iter(0..30)
                 .map(|n| {
                     let world = &world;
                     async move { transfer(world, &format!("{payer}-{n}"), payer, "bob", 90).await }
@@ -495,10 +497,13 @@ both!(
                 .buffer_unordered(12)
                 .try_collect()
                 .await?;
-            let made = answers.iter().filter(|answer| answer.status == 201).count();
+            let made = responses
+                .iter()
+                .filter(|response| response.status == 201)
+                .count();
             assert_eq!(made, can_spend / 90);
-            for answer in answers.iter().filter(|answer| answer.status != 201) {
-                assert_eq!(answer.problem(), (422, "insufficient-funds"));
+            for response in responses.iter().filter(|response| response.status != 201) {
+                assert_eq!(response.problem(), (422, "insufficient-funds"));
             }
         }
         assert_eq!(
@@ -538,7 +543,7 @@ both!(a_transaction_is_reversed_once, |kind: Kind| async move {
         "/transactions/{}/reversal",
         made["id"].as_str().context("read the id")?
     );
-    let answers: Vec<TestResponse> = stream::iter(0..6)
+    let responses: Vec<TestResponse> = stream::iter(0..6)
         .map(|n| {
             let (world, path) = (&world, &path);
             async move { post(world, &format!("back-{n}"), path, &json!({}), None).await }
@@ -546,11 +551,12 @@ both!(a_transaction_is_reversed_once, |kind: Kind| async move {
         .buffer_unordered(6)
         .try_collect()
         .await?;
-    let (back, refused): (Vec<_>, Vec<_>) =
-        answers.into_iter().partition(|answer| answer.status == 201);
+    let (back, refused): (Vec<_>, Vec<_>) = responses
+        .into_iter()
+        .partition(|response| response.status == 201);
     assert_eq!((back.len(), refused.len()), (1, 5));
-    for answer in refused {
-        assert_eq!(answer.problem(), (409, "already-reversed"));
+    for response in refused {
+        assert_eq!(response.problem(), (409, "already-reversed"));
     }
     assert_eq!(back[0].body["reverses"], made["id"]);
     assert_eq!(

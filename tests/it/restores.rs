@@ -166,7 +166,7 @@ both!(
         world.database = backup;
         world.spawn_host()?;
         let why = world
-            .not_ready("the database is older than the broker")
+            .not_ready("the database was restored to an earlier time than NATS")
             .await?;
         assert!(why.contains("oncely recover --dry-run"), "{why}");
         let workers = world.oncely_json(&["workers", "--json"]).await?;
@@ -207,7 +207,7 @@ both!(
         );
         assert_eq!(place["acknowledged"], 41, "{plan}");
         world
-            .not_ready("the database is older than the broker")
+            .not_ready("the database was restored to an earlier time than NATS")
             .await?;
         let shown = world.oncely(&["recover", "--dry-run"]).await?;
         assert!(shown.contains("nothing was changed"), "{shown}");
@@ -276,7 +276,7 @@ both!(
         restore_stream(&mut world).await?;
         world
             .not_ready(
-                "the stream IN is older than the database: it ends at 10, but ended at 20 before",
+                "the stream IN was restored to an earlier time than the database: it ends at 10, but ended at 20 before",
             )
             .await?;
 
@@ -331,7 +331,7 @@ both!(
         world.nats_url = world.nats.url();
         world.spawn_host()?;
         world
-            .not_ready("the broker is older than the database, or another one: it has no watermark")
+            .not_ready("NATS was restored to an earlier time than the database, or is another one: it has no watermark")
             .await?;
         world
             .nats
@@ -354,7 +354,9 @@ async fn every_host_waits_for_the_recovery_and_resumes() -> Result<()> {
     world.database = backup;
     world.spawn_host()?;
     let mut rival = world.spawn_rival()?;
-    world.not_ready("older than the broker").await?;
+    world
+        .not_ready("restored to an earlier time than NATS")
+        .await?;
     world
         .nats
         .publish_all((20..60).map(NewMessage::insert).collect())
@@ -430,7 +432,9 @@ async fn check_recovery_with_retention(kind: Kind, retention: RetentionPolicy) -
         .await?;
     world.database = backup;
     world.spawn_host()?;
-    world.not_ready("older than the broker").await?;
+    world
+        .not_ready("restored to an earlier time than NATS")
+        .await?;
     let done = world.oncely_json(&["recover", "--json"]).await?;
     let place = &done["consumers"][0];
     assert_eq!(
@@ -488,7 +492,7 @@ async fn a_worker_deployed_after_a_recovery_starts_from_scratch() -> Result<()> 
     let mut host = RunningHost::spawn(&world, "second")?;
     host.eventually("the restore is detected", || async {
         let status = host.oncely(&["status", "--json"])?;
-        ensure!(status.contains("older than the broker"), "{status}");
+        ensure!(status.contains("restored to an earlier time than NATS"), "{status}");
         Ok(Some(()))
     })
     .await?;

@@ -1,4 +1,4 @@
-//! Exactly-once checks: every event has one effect, and every effect has its outputs once.
+//! Checks that effects happen once: each event has one effect, and each effect its outputs once.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -47,7 +47,7 @@ pub async fn check(world: &World) -> Result<Books> {
         books.effects.insert(event.clone());
     }
 
-    // A redriven dead letter is open again or done, so its row no longer counts here.
+    // The event of a dead letter that is `redriven` or `done` may have an effect.
     let dead = "select event_id from oncely.dead_letter where reason <> 'id-reuse' and state not in ('redriven', 'done')";
     for row in world.database.rows(dead).await? {
         books.dead.extend(row);

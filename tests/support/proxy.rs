@@ -79,7 +79,7 @@ impl Proxy {
         self.port
     }
 
-    /// How often connections were cut at this place.
+    /// Number of connections that were cut at this place.
     pub fn count(&self, cut: Cut) -> u64 {
         self.shared
             .done

@@ -24,7 +24,7 @@ const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The state of a host that alarms depend on, beside the database.
 pub struct HostState {
-    /// Whether database and broker disagree.
+    /// Whether the database and NATS disagree.
     pub is_restored: bool,
     /// The workers that cannot run on this host, each with the reason.
     pub broken: HashMap<String, String>,
@@ -89,16 +89,17 @@ struct Measurements {
     existing: Vec<Alarm>,
     dead_letters: Vec<DeadLetterDepth>,
     outputs: Vec<OutboxLag>,
-    /// How many outputs had to change their id, by worker.
+    /// Number of outputs that had to change their id, by worker.
     taken_ids: BTreeMap<String, u64>,
-    /// Whether database and broker disagree.
+    /// Whether the database and NATS disagree.
     is_restored: bool,
     /// The workers that cannot run here, with the reason.
     broken: HashMap<String, String>,
 }
 
 impl Measurements {
-    /// Clears the alarms of retired workers about running and waiting: they do neither.
+    /// Clears alarms of retired workers: `cannot-run`, `unhandled-age` and `restored` do not apply
+    /// to them.
     fn clear_for_retired(&self, workers: &[Worker]) -> Vec<AlarmUpdate> {
         let is_over = |alarm: &&Alarm| {
             matches!(

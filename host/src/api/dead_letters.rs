@@ -31,7 +31,7 @@ use crate::store::{
 /// The maximum number of dead letters per request: each request is one transaction.
 const DEAD_LETTERS_MAX: usize = 500;
 
-/// How often a transaction is retried at once after conflicts.
+/// Maximum number of retries of a transaction at once after conflicts.
 const CONFLICTS_MAX: u32 = 5;
 
 pub(super) fn routes() -> Router<Arc<Host>> {
@@ -125,7 +125,7 @@ impl From<DeadLetterRecord> for DeadLetter {
             failure_history: record.attempts,
             edits: record.edits.into_iter().map(body_edit).collect(),
             audit: record.audit,
-            inbox: record.settled.map(|(state, at)| InboxEntry { state, at }),
+            inbox: record.inbox.map(|(state, at)| InboxEntry { state, at }),
             outputs: record.outputs,
         }
     }
@@ -183,14 +183,14 @@ async fn redrive(
 ) -> ApiResult<Vec<DeadLetterActionResult>> {
     check_count(request.dead_letters.len())?;
     let since = Instant::now();
-    let (moved, rows) = retry_on_conflict(|| {
+    let (results, rows) = retry_on_conflict(|| {
         host.services
             .store
             .redrive(&request.dead_letters, &request.by)
     })
     .await?;
     host.services.publish_outputs(rows, since).await;
-    Ok(Json(moved))
+    Ok(Json(results))
 }
 
 /// Dead letters for a dry run or a verification.
@@ -242,7 +242,7 @@ async fn redrive_plan(
 
     // Compare a new dry run with the plan.
     let current = dry_run::preview(&host.services, &ids).await?;
-    let mut answers = Vec::new();
+    let mut results = Vec::new();
     let mut dead_letters = Vec::new();
     for planned in &request.dead_letters {
         let current = current
@@ -252,7 +252,7 @@ async fn redrive_plan(
             || Some("no such dead letter".to_owned()),
             |current| stale_reason(&planned.preconditions, current),
         ) {
-            Some(why) => answers.push(DeadLetterActionResult {
+            Some(why) => results.push(DeadLetterActionResult {
                 id: planned.id,
                 refused: Some(why),
                 took_effect: false,
@@ -268,11 +268,11 @@ async fn redrive_plan(
         }
     }
     let since = Instant::now();
-    let (moved, rows) =
+    let (redriven, rows) =
         retry_on_conflict(|| host.services.store.redrive(&dead_letters, &request.by)).await?;
     host.services.publish_outputs(rows, since).await;
-    answers.extend(moved);
-    Ok(Json(answers))
+    results.extend(redriven);
+    Ok(Json(results))
 }
 
 /// The reason that a plan does not hold any more; none when it holds.
@@ -397,7 +397,7 @@ where
                 conflicts += 1;
                 pause_after(conflicts).await;
             }
-            answer => return answer,
+            result => return result,
         }
     }
 }

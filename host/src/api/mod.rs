@@ -452,8 +452,8 @@ async fn publish(
         id: message.id,
         body: body.into(),
     };
-    let mut answers = host.services.bus.publish(vec![outgoing]).await;
-    let place = answers
+    let mut acks = host.services.bus.publish(vec![outgoing]).await;
+    let ack = acks
         .pop()
         .context("publish the message")?
         .map_err(|error| anyhow!(error))
@@ -465,7 +465,7 @@ async fn publish(
             .subjects
             .iter()
             .any(|pattern| subject::matches(pattern, &at));
-        worker.stream.as_ref() == Some(&place.stream) && (wants || worker.subjects.is_empty())
+        worker.stream.as_ref() == Some(&ack.stream) && (wants || worker.subjects.is_empty())
     };
     let workers = host.services.deployed_workers().await.unwrap_or_default();
     let workers = workers
@@ -474,9 +474,9 @@ async fn publish(
         .map(|worker| worker.name)
         .collect();
     Ok(Json(PublishAck {
-        stream: place.stream,
-        sequence: place.sequence,
-        duplicate: place.duplicate,
+        stream: ack.stream,
+        sequence: ack.sequence,
+        duplicate: ack.duplicate,
         workers,
     }))
 }

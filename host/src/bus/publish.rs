@@ -101,7 +101,7 @@ impl Bus {
     /// Publishes messages in order and waits for all acknowledgements. Returns one result for each
     /// message, in the same order. The stream stores the accepted messages in this order too.
     pub async fn publish(&self, messages: Vec<OutgoingMessage>) -> Vec<PublishResult> {
-        let mut answers = Vec::with_capacity(messages.len());
+        let mut results = Vec::with_capacity(messages.len());
         let mut open = FuturesOrdered::new();
         let connection_number = match self.publisher().ready().await {
             Ok(()) => *self.publish_connection().borrow(),
@@ -111,11 +111,11 @@ impl Bus {
         for message in messages {
             open.push_back(self.begin_publish(message, connection_number));
             if open.len() >= IN_FLIGHT_MAX {
-                answers.extend(open.next().await);
+                results.extend(open.next().await);
             }
         }
-        answers.extend(open.collect::<Vec<_>>().await);
-        answers
+        results.extend(open.collect::<Vec<_>>().await);
+        results
     }
 
     /// The number of the publishing connection, 0 before the first. It changes with each reconnect.
@@ -150,11 +150,11 @@ impl Bus {
             headers,
             body: message.body,
         };
-        let answer = self.publisher().send(connection_number, publication);
+        let ack = self.publisher().send(connection_number, publication);
 
         let bus = self.clone();
         Box::pin(async move {
-            match answer.await {
+            match ack.await {
                 Ok(ack) => match ack.error {
                     None => Ok(PublishAck {
                         stream: ack.stream,
@@ -167,7 +167,7 @@ impl Bus {
                     "not connected to NATS".to_owned(),
                 )),
                 Err(AckError::NoResponders) => Err(bus.no_responders_error(&subject).await),
-                // The server does not answer a denied message.
+                // The server does not ack a denied message.
                 Err(AckError::Unconfirmed(_)) if bus.publisher().is_denied(&subject) => {
                     Err(PublishError::Unroutable(format!(
                         "permission denied: this login may not publish to {subject}"

@@ -3,8 +3,8 @@
 //! The rules of `tag_versions.rs` apply here too, with a version per worker that is kept in Redis.
 //! An invalidation's version is one more than the last, or the Redis time in microseconds if that
 //! is higher. A Redis that lost all data therefore never issues the same version twice. A value is
-//! valid as long as each of its tags has a version no higher than the one before the value was
-//! read. Lost versions cost only a load.
+//! valid as long as no tag was invalidated after the version current when the value was read. If
+//! Redis loses versions, values are loaded again.
 //!
 //! A slow or failing request is abandoned. Invalidations that could not be applied are pending, and
 //! nothing is read until they are applied.
@@ -67,8 +67,9 @@ pub(super) struct SharedEntry {
     value: Bytes,
     tags: Vec<String>,
     age: Duration,
-    /// The remaining time for which it is fresh, and for which it is served.
+    /// The remaining time for which it is fresh.
     fresh_for: Duration,
+    /// The remaining time for which it is served, at last as a stale one.
     expires_in: Duration,
 }
 
@@ -141,7 +142,7 @@ impl Shared {
         })
     }
 
-    /// Whether it is in use.
+    /// Whether reads and writes reach Redis now.
     pub fn is_up(&self) -> bool {
         lock(&self.breaker).state() == State::Closed && !self.has_pending.load(Ordering::Acquire)
     }
@@ -165,7 +166,7 @@ impl Shared {
             Option<u64>,
         );
         let worker = key.worker.as_str();
-        if !self.is_ready().await {
+        if !self.acquire().await {
             return (None, self.last_seen(worker));
         }
         let mut get = GET.key(redis_key(worker, &key.key));
@@ -202,14 +203,14 @@ impl Shared {
         if tags.is_empty() {
             return self.store(worker, puts, read_version).await;
         }
-        if !self.is_ready().await {
+        if !self.acquire().await {
             return self.defer(worker, tags);
         }
         let script = Self::invalidation_script(worker, id, tags, &puts, read_version);
-        let Some(answer) = self.run::<Vec<u64>>(script).await else {
+        let Some(response) = self.run::<Vec<u64>>(script).await else {
             return self.defer(worker, tags);
         };
-        let Some((&version, is_valid)) = answer.split_first() else {
+        let Some((&version, is_valid)) = response.split_first() else {
             return;
         };
         self.set_last_seen(worker, version);
@@ -226,7 +227,7 @@ impl Shared {
     pub async fn store(&self, worker: &str, puts: Vec<SharedPut>, read_version: u64) {
         let mut puts = puts.into_iter().peekable();
         while puts.peek().is_some() {
-            if !self.is_ready().await {
+            if !self.acquire().await {
                 return;
             }
             let mut store = STORE.arg(redis_key(worker, ""));
@@ -278,9 +279,9 @@ impl Shared {
         script
     }
 
-    /// Whether a request can be made: the circuit breaker permits it and no invalidation is
-    /// pending. Flushes pending ones.
-    async fn is_ready(&self) -> bool {
+    /// Acquires a permit of the circuit breaker for one request, and flushes pending invalidations.
+    /// False if there is no permit or some remain pending.
+    async fn acquire(&self) -> bool {
         let permit = lock(&self.breaker).permit(Instant::now());
         permit == Permit::Granted
             && (!self.has_pending.load(Ordering::Acquire) || self.flush_pending().await)
@@ -341,15 +342,15 @@ impl Shared {
         let mut manager = self.manager.clone();
         let task = tokio::spawn(async move { script.invoke_async::<T>(&mut manager).await });
         let why = match tokio::time::timeout(RESPONSE_TIMEOUT, task).await {
-            Ok(Ok(Ok(answer))) => {
+            Ok(Ok(Ok(response))) => {
                 if lock(&self.breaker).succeeded() {
                     tracing::info!("shared cache available again");
                 }
-                return Some(answer);
+                return Some(response);
             }
             Ok(Ok(Err(error))) => error.to_string(),
             Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {RESPONSE_TIMEOUT:?}"),
+            Err(_) => format!("no response within {RESPONSE_TIMEOUT:?}"),
         };
         self.metrics.cache.shared_failed();
         let mut breaker = lock(&self.breaker);

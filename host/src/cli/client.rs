@@ -170,7 +170,7 @@ impl Client {
 
     async fn send<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T> {
         let body = self.response_body(request).await?;
-        serde_json::from_slice(&body).context("parse the host's answer (is it the same version?)")
+        serde_json::from_slice(&body).context("parse the host's response (is it the same version?)")
     }
 
     async fn response_body(&self, request: reqwest::RequestBuilder) -> Result<bytes::Bytes> {
@@ -184,7 +184,7 @@ impl Client {
                 "start it with `oncely dev` or `oncely run`, or set another one with --host URL",
             )?;
         let status = response.status();
-        let body = response.bytes().await.context("read the host's answer")?;
+        let body = response.bytes().await.context("read the host's response")?;
         if status.is_success() {
             return Ok(body);
         }

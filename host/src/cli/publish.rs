@@ -61,24 +61,21 @@ impl Publish {
             id: id.clone(),
             body: base64::engine::general_purpose::STANDARD.encode(body),
         };
-        let place: api::PublishAck = client.post("/publish", &message).await?;
+        let ack: api::PublishAck = client.post("/publish", &message).await?;
         if self.json {
-            return term::json(&place);
+            return term::json(&ack);
         }
-        let suffix = if place.duplicate {
+        let suffix = if ack.duplicate {
             " (already stored)"
         } else {
             ""
         };
-        term::data(format!(
-            "{} {} id {id}{suffix}",
-            place.stream, place.sequence
-        ))?;
-        if place.workers.is_empty() {
+        term::data(format!("{} {} id {id}{suffix}", ack.stream, ack.sequence))?;
+        if ack.workers.is_empty() {
             let subject = &self.subject;
             term::warning(format!(
                 "no worker consumes `{subject}` from the stream {}",
-                place.stream
+                ack.stream
             ));
         }
         Ok(())
@@ -94,7 +91,7 @@ impl Publish {
         }
     }
 
-    /// Publishes through the ingress: under a key, with retries until there is an answer.
+    /// Publishes through the ingress: under a key, with retries until there is a response.
     async fn publish_over_http(&self, url: &str) -> Result<()> {
         let url = if url.is_empty() {
             local_ingress_url()?
@@ -110,22 +107,24 @@ impl Publish {
         if let Some(key) = &self.key {
             request = request.key(key.as_str());
         }
-        let answer = request.send().await.map_err(with_retry_hint)?;
-        let accepted: Accepted = answer.json().context("parse the answer of the ingress")?;
+        let response = request.send().await.map_err(with_retry_hint)?;
+        let accepted: Accepted = response
+            .json()
+            .context("parse the response of the ingress")?;
         if self.json {
             return term::json(&accepted);
         }
-        let suffix = if answer.replayed {
+        let suffix = if response.replayed {
             " (already accepted)"
         } else {
             ""
         };
-        let tries = if answer.tries > 1 {
-            format!(" after {} tries", answer.tries)
+        let tries = if response.tries > 1 {
+            format!(" after {} tries", response.tries)
         } else {
             String::new()
         };
-        let key = answer.key.unwrap_or_default();
+        let key = response.key.unwrap_or_default();
         term::data(format!(
             "{} accepted, id {}, key {key}{tries}{suffix}",
             accepted.subject, accepted.id
@@ -133,7 +132,7 @@ impl Publish {
     }
 }
 
-/// The answer of the ingress to a message.
+/// The response of the ingress to a message.
 #[derive(Debug, Serialize, Deserialize)]
 struct Accepted {
     id: String,

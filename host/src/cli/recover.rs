@@ -10,7 +10,7 @@ use crate::api::RecoverRequest;
 use crate::model::units;
 use crate::runtime::Recovery;
 
-/// Bring database and NATS back into agreement after a restore.
+/// Bring the database and NATS back into agreement after a restore.
 ///
 /// Messages that the database does not have are redelivered to their workers. Outputs that are on
 /// their streams already are not published again.
@@ -45,9 +45,9 @@ impl Recover {
 
 fn show(recovery: &Recovery) -> Result<()> {
     if recovery.reasons.is_empty() {
-        return term::data("database and NATS agree: nothing to recover");
+        return term::data("the database and NATS agree: nothing to recover");
     }
-    term::data("database and NATS disagree:")?;
+    term::data("the database and NATS disagree:")?;
     recovery
         .reasons
         .iter()
@@ -63,13 +63,13 @@ fn show(recovery: &Recovery) -> Result<()> {
         "redeliver from",
         "redeliver to",
     ]);
-    for place in &recovery.consumers {
+    for rewind in &recovery.consumers {
         table.row([
-            place.worker.clone(),
-            place.stream.clone(),
-            place.acknowledged.to_string(),
-            place.from.map_or("-".to_owned(), |from| from.to_string()),
-            place.last.to_string(),
+            rewind.worker.clone(),
+            rewind.stream.clone(),
+            rewind.acknowledged.to_string(),
+            rewind.from.map_or("-".to_owned(), |from| from.to_string()),
+            rewind.last.to_string(),
         ]);
     }
     term::data(table.to_string().trim_end())?;
@@ -97,7 +97,7 @@ fn notes(recovery: &Recovery) -> impl Iterator<Item = (&String, &String)> {
     let consumers = recovery
         .consumers
         .iter()
-        .map(|place| (&place.stream, &place.note));
+        .map(|rewind| (&rewind.stream, &rewind.note));
     let streams = recovery
         .streams
         .iter()

@@ -16,7 +16,7 @@ use crate::model::base64_text;
 use crate::model::hint::WithHint;
 use crate::model::units;
 
-/// Replay the last failed attempt at a dead letter, without database and broker.
+/// Replay the last failed attempt at a dead letter, without the database and NATS.
 ///
 /// The file comes from `oncely dlq export`.
 ///

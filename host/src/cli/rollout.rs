@@ -101,7 +101,7 @@ fn rollout_state(on_host: &WorkerOnHost, version: u32) -> RolloutState {
             RolloutState::Running
         }
         (RunState::Held, _, _) => {
-            RolloutState::Pending("waits until database and broker agree".to_owned())
+            RolloutState::Pending("waits until the database and NATS agree".to_owned())
         }
         (_, _, Some(running)) if running != version => {
             RolloutState::Pending(format!("still runs version {running}"))

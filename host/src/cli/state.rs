@@ -114,7 +114,7 @@ impl List {
 fn bytes(entry: &StateValue) -> Result<Vec<u8>> {
     base64::engine::general_purpose::STANDARD
         .decode(&entry.value)
-        .context("decode the host's answer")
+        .context("decode the host's response")
 }
 
 /// The beginning of a value on one line: text unchanged, anything else as hex.

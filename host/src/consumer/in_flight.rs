@@ -28,10 +28,10 @@ pub(super) struct InFlightGuard {
 impl InFlightMessages {
     /// Adds a message until the guard is dropped.
     pub(super) fn enter(&self, progress: Progress) -> InFlightGuard {
-        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = held.next;
-        held.next += 1;
-        held.messages.insert(number, progress);
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = state.next;
+        state.next += 1;
+        state.messages.insert(number, progress);
         InFlightGuard {
             all: self.clone(),
             number,

@@ -12,7 +12,6 @@ use super::concurrency_limit::ConcurrencyLimit;
 use super::in_flight::InFlightGuard;
 use super::queue::{Queue, Sequenced};
 use crate::bus::Receipt;
-use crate::config::manifest::OnFailure;
 use crate::delivery::{BatchResult, Delivery};
 use crate::drain::Stopping;
 use crate::fault;
@@ -46,9 +45,9 @@ pub struct PendingMessage {
     pub receipt: Receipt,
     /// Keeps the broker from redelivering the message while this host holds it.
     pub _in_flight: InFlightGuard,
-    /// Its share of the capacity of the host. Pulling stops when none is left. `None` for a message
+    /// Its permit of the host's capacity. Pulling stops when none is left. `None` for a message
     /// that arrived after pulling had stopped.
-    pub _room: Option<OwnedSemaphorePermit>,
+    pub _permit: Option<OwnedSemaphorePermit>,
 }
 
 /// A lane of a worker.
@@ -205,7 +204,7 @@ impl Lane {
         fault::point(fault::CRASH_MARKER_SET);
 
         // Handle the message.
-        let settled = if crashes >= CRASHES_MAX {
+        let handled = if crashes >= CRASHES_MAX {
             let why = format!(
                 "the host crashed {crashes} times while it handled this message alone, after {} \
                  deliveries",
@@ -221,7 +220,7 @@ impl Lane {
         let clear_marker = || store.clear_crash_marker(&worker, &message.event_id);
         self.retry_until_available("clear the crash marker", clear_marker)
             .await;
-        settled
+        handled
     }
 
     /// Retries a database operation until the database is available. No attempt is counted. The
@@ -240,7 +239,7 @@ impl Lane {
                 self.concurrency_limit.record_conflicts(1);
             }
             match outcome {
-                Ok(answer) => return Some(answer),
+                Ok(result) => return Some(result),
                 Err(error) => {
                     let worker = self.delivery.worker.name.as_str();
                     tracing::warn!(
@@ -272,12 +271,12 @@ impl Lane {
                 .metrics
                 .verdict(&self.delivery.worker.name, verdict.as_str());
             match verdict {
-                Verdict::Done(settled) => acknowledge(pending_message, settled).await,
-                Verdict::Duplicate(settled) => {
+                Verdict::Done(proof) => acknowledge(pending_message, proof).await,
+                Verdict::Duplicate(proof) => {
                     fault::witness(fault::DUPLICATE_SKIPPED);
-                    acknowledge(pending_message, settled).await;
+                    acknowledge(pending_message, proof).await;
                 }
-                Verdict::Retry { after, .. } if self.holds_key(&pending_message) => {
+                Verdict::Retry { after, .. } if self.blocks_key(&pending_message) => {
                     queue.hold(pending_message, Instant::now() + after)
                 }
                 Verdict::Retry { after, .. } | Verdict::Wait { after } => {
@@ -287,8 +286,8 @@ impl Lane {
                 Verdict::Dead(dead_letter) => dead.push((pending_message, *dead_letter)),
             }
         }
-        // Their key is held now. If it is not, the earlier message is dead and its dead letter is
-        // stored before they continue.
+        // The earlier message holds the key. If it is dead, its dead letter is stored below, before
+        // the next batch.
         queue.requeue(blocked);
         if dead.is_empty() {
             Ok(())
@@ -297,10 +296,12 @@ impl Lane {
         }
     }
 
-    /// Whether later messages of its key wait in this lane. A message that holds its key must stay
-    /// in the lane.
-    fn holds_key(&self, pending_message: &PendingMessage) -> bool {
-        self.delivery.worker.on_failure == OnFailure::Hold && pending_message.key.is_some()
+    /// Whether a failed message blocks its key. It then must stay in the lane.
+    fn blocks_key(&self, pending_message: &PendingMessage) -> bool {
+        self.delivery
+            .worker
+            .held_key(&pending_message.message)
+            .is_some()
     }
 
     /// Stores dead letters in a transaction of their own, and then acknowledges their messages.
@@ -323,7 +324,7 @@ impl Lane {
         let new_failures = self.delivery.worker.alarm.new_failures;
         let dead_letter = || self.delivery.store.dead_letter(&dead_letters, new_failures);
         let Some(DeadLettered {
-            settled,
+            proofs,
             notices,
             alarms,
         }) = self
@@ -357,8 +358,8 @@ impl Lane {
         // Publish their notices and acknowledge.
         self.relay.hand_over(notices, leased_at).await;
         self.relay.hand_over(alarms.rows, leased_at).await;
-        for ((pending_message, _), settled) in dead.into_iter().zip(settled) {
-            acknowledge(pending_message, settled).await;
+        for ((pending_message, _), proof) in dead.into_iter().zip(proofs) {
+            acknowledge(pending_message, proof).await;
         }
         Ok(())
     }
@@ -390,8 +391,8 @@ impl Lane {
 }
 
 /// Acknowledges a message. After a lost ack the message is redelivered and is a duplicate.
-async fn acknowledge(pending_message: PendingMessage, settled: Settled) {
-    if let Err(error) = pending_message.receipt.ack(&settled).await {
+async fn acknowledge(pending_message: PendingMessage, proof: Settled) {
+    if let Err(error) = pending_message.receipt.ack(&proof).await {
         tracing::debug!(
             error = format!("{error:#}"),
             "failed to send an ack, the redelivered message will be skipped"

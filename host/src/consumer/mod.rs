@@ -252,13 +252,15 @@ async fn pull_loop(
     let probe = pull.probe();
     loop {
         let next = async {
-            let room = Arc::clone(&lanes.room)
+            let permit = Arc::clone(&lanes.permits)
                 .acquire_owned()
                 .await
                 .context("wait for capacity")?;
-            let most = barrier.pull_limit(lanes.room.available_permits() + 1).await;
+            let most = barrier
+                .pull_limit(lanes.permits.available_permits() + 1)
+                .await;
             let pulled = pull.next(most).await?;
-            anyhow::Ok((pulled, room))
+            anyhow::Ok((pulled, permit))
         };
         let pulled = tokio::select! {
             // After the stop signal no more messages are pulled. Redelivered messages have priority
@@ -266,17 +268,17 @@ async fn pull_loop(
             biased;
             () = stopping.stopped() => break,
             pulled = next => pulled,
-            () = barrier.wait_until_done(&probe, &lanes.room) => {
+            () = barrier.wait_until_done(&probe, &lanes.permits) => {
                 lanes.dispatch_all(barrier.finish()).await;
                 continue;
             }
         };
         match pulled {
-            Ok((pulled, room)) => {
-                let pending_message = lanes.pending_message(pulled, Some(room));
+            Ok((pulled, permit)) => {
+                let pending_message = lanes.pending_message(pulled, Some(permit));
                 lanes
                     .dispatch_all(
-                        barrier.admit(pending_message, lanes.room.available_permits() == 0),
+                        barrier.admit(pending_message, lanes.permits.available_permits() == 0),
                     )
                     .await;
             }
@@ -296,9 +298,9 @@ async fn pull_loop(
     // Dispatch the messages that arrived before the stop.
     while let Some(pulled) = pull.drain().await {
         // Held messages may use the whole capacity, and release none before the end.
-        let room = Arc::clone(&lanes.room).try_acquire_owned().ok();
+        let permit = Arc::clone(&lanes.permits).try_acquire_owned().ok();
         lanes
-            .dispatch_all(barrier.admit(lanes.pending_message(pulled, room), false))
+            .dispatch_all(barrier.admit(lanes.pending_message(pulled, permit), false))
             .await;
     }
     barrier.finish()
@@ -309,11 +311,12 @@ struct Lanes {
     worker: Arc<Worker>,
     senders: Vec<mpsc::Sender<PendingMessage>>,
     tasks: Vec<JoinHandle<()>>,
-    room: Arc<Semaphore>,
+    /// Capacity for messages of the stream.
+    permits: Arc<Semaphore>,
     metrics: Arc<Metrics>,
     version: u32,
     /// Capacity for redriven messages.
-    redrive_room: Arc<Semaphore>,
+    redrive_permits: Arc<Semaphore>,
     store: Arc<dyn Store>,
     in_flight: InFlightMessages,
     ticker: JoinHandle<()>,
@@ -346,21 +349,21 @@ impl Lanes {
         }
         let in_flight = InFlightMessages::default();
         let ticker = tokio::spawn(in_flight.clone().send_progress_acks(worker.ack_wait / 3));
-        let (room, metrics) = (
+        let (permits, metrics) = (
             Arc::new(Semaphore::new(capacity)),
             Arc::clone(&delivery.metrics),
         );
-        let redrive_room = Arc::new(Semaphore::new(redrive::CAPACITY));
+        let redrive_permits = Arc::new(Semaphore::new(redrive::CAPACITY));
         let store = Arc::clone(&delivery.store);
         let version = delivery.version;
         Lanes {
             worker,
             senders,
             tasks,
-            room,
+            permits,
             metrics,
             version,
-            redrive_room,
+            redrive_permits,
             store,
             in_flight,
             ticker,
@@ -370,7 +373,7 @@ impl Lanes {
     fn pending_message(
         &self,
         pulled: DeliveredMessage,
-        room: Option<OwnedSemaphorePermit>,
+        permit: Option<OwnedSemaphorePermit>,
     ) -> PendingMessage {
         fault::point(fault::AFTER_FETCH);
         self.metrics.consumed(&self.worker.name);
@@ -388,7 +391,7 @@ impl Lanes {
             delivered: pulled.delivered,
             receipt: pulled.receipt,
             _in_flight: in_flight,
-            _room: room,
+            _permit: permit,
         }
     }
 

@@ -22,7 +22,7 @@ use crate::bus::{Backlog, Probe};
 /// How long after `ack_wait`, or after the last redelivered message, another one may still arrive.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// How often to check whether all of them are settled.
+/// Interval of checks whether all of them are acknowledged.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Waits for the messages that were unacknowledged when the worker started.
@@ -40,7 +40,7 @@ struct BarrierState<T> {
     arrived: HashSet<u64>,
     /// Time by which the server has redelivered all messages of a dead host.
     redelivery_deadline: Instant,
-    /// End of the wait. Another host may have settled the missing ones in the meantime.
+    /// End of the wait. Another host may have acknowledged the missing ones in the meantime.
     deadline: Instant,
     /// Old messages that wait for the others.
     old_messages: Vec<T>,
@@ -125,7 +125,7 @@ impl<T: Sequenced> RedeliveryBarrier<T> {
 
     /// Returns when the wait is over: no other host holds a message, or the deadline has passed.
     /// Never returns without a wait.
-    pub async fn wait_until_done(&self, probe: &Probe, room: &Semaphore) {
+    pub async fn wait_until_done(&self, probe: &Probe, permits: &Semaphore) {
         let Some(waiting) = &self.waiting else {
             return std::future::pending().await;
         };
@@ -133,13 +133,13 @@ impl<T: Sequenced> RedeliveryBarrier<T> {
             loop {
                 tokio::time::sleep(POLL_INTERVAL).await;
                 // One permit belongs to the message that is being pulled.
-                let held = waiting
+                let held_here = waiting
                     .capacity
-                    .saturating_sub(room.available_permits() + 1);
+                    .saturating_sub(permits.available_permits() + 1);
                 if probe
                     .backlog()
                     .await
-                    .is_ok_and(|backlog| backlog.ack_pending <= held as u64)
+                    .is_ok_and(|backlog| backlog.ack_pending <= held_here as u64)
                 {
                     return;
                 }

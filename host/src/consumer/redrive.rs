@@ -29,8 +29,8 @@ const NACK_DELAY: Duration = Duration::from_millis(1);
 /// How long a host with an outdated version waits for its own switch to the active one, and how
 /// often it checks. The switch returns pending messages in order. After the timeout another host
 /// may receive the redriven message.
-const SWAP_TIMEOUT: Duration = Duration::from_secs(3);
-const SWAP_POLL_INTERVAL: Duration = Duration::from_millis(200);
+const SWITCH_TIMEOUT: Duration = Duration::from_secs(3);
+const SWITCH_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A message without a valid pointer is outdated, like a pointer to a dead letter that changed
 /// since.
@@ -56,14 +56,14 @@ pub(super) fn subscription(worker: &Worker) -> Subscription {
 pub(super) async fn pull_loop(mut pull: PullConsumer, lanes: &Lanes, mut stopping: Stopping) {
     loop {
         let next = async {
-            let room = Arc::clone(&lanes.redrive_room)
+            let permit = Arc::clone(&lanes.redrive_permits)
                 .acquire_owned()
                 .await
                 .context("wait for capacity")?;
             let pulled = pull
-                .next(lanes.redrive_room.available_permits() + 1)
+                .next(lanes.redrive_permits.available_permits() + 1)
                 .await?;
-            anyhow::Ok((pulled, room))
+            anyhow::Ok((pulled, permit))
         };
         let pulled = tokio::select! {
             // After the stop signal no more messages are pulled.
@@ -72,7 +72,7 @@ pub(super) async fn pull_loop(mut pull: PullConsumer, lanes: &Lanes, mut stoppin
             pulled = next => pulled,
         };
         match pulled {
-            Ok((pulled, room)) => dispatch(lanes, pulled, Some(room), &stopping).await,
+            Ok((pulled, permit)) => dispatch(lanes, pulled, Some(permit), &stopping).await,
             Err(error) => {
                 tracing::warn!(
                     worker = lanes.worker.name,
@@ -88,8 +88,8 @@ pub(super) async fn pull_loop(mut pull: PullConsumer, lanes: &Lanes, mut stoppin
 
     // Dispatch the messages that arrived before the stop.
     while let Some(pulled) = pull.drain().await {
-        let room = Arc::clone(&lanes.redrive_room).try_acquire_owned().ok();
-        dispatch(lanes, pulled, room, &stopping).await;
+        let permit = Arc::clone(&lanes.redrive_permits).try_acquire_owned().ok();
+        dispatch(lanes, pulled, permit, &stopping).await;
     }
 }
 
@@ -97,14 +97,14 @@ pub(super) async fn pull_loop(mut pull: PullConsumer, lanes: &Lanes, mut stoppin
 async fn dispatch(
     lanes: &Lanes,
     pulled: DeliveredMessage,
-    room: Option<OwnedSemaphorePermit>,
+    permit: Option<OwnedSemaphorePermit>,
     stopping: &Stopping,
 ) {
     let in_flight = lanes.in_flight.enter(pulled.receipt.progress());
     let pointer = Pointer::parse(&pulled.message).unwrap_or(INVALID_POINTER);
-    let settled = match read_for_version(lanes, pointer, stopping).await {
+    let sent = match read_for_version(lanes, pointer, stopping).await {
         Some(RedriveLookup::Message(_, active)) if active != lanes.version => {
-            pulled.receipt.nack(SWAP_POLL_INTERVAL).await
+            pulled.receipt.nack(SWITCH_POLL_INTERVAL).await
         }
         Some(RedriveLookup::Message(message, _)) => {
             fault::point(fault::REDRIVE_READ);
@@ -122,18 +122,18 @@ async fn dispatch(
                 delivered,
                 receipt,
                 _in_flight: in_flight,
-                _room: room,
+                _permit: permit,
             };
             return lanes.dispatch_all(vec![pending_message]).await;
         }
-        Some(RedriveLookup::OutOfDate(settled)) => pulled.receipt.ack(&settled).await,
+        Some(RedriveLookup::OutOfDate(proof)) => pulled.receipt.ack(&proof).await,
         None => pulled.receipt.nack(NACK_DELAY).await,
     };
-    if let Err(error) = settled {
+    if let Err(error) = sent {
         tracing::debug!(
             worker = lanes.worker.name,
             error = format!("{error:#}"),
-            "failed to settle a redrive, it will be redelivered"
+            "failed to send an ack or nack, the redrive will be redelivered"
         );
     }
 }
@@ -146,7 +146,7 @@ async fn read_for_version(
     pointer: Pointer,
     stopping: &Stopping,
 ) -> Option<RedriveLookup> {
-    let end = Instant::now() + SWAP_TIMEOUT;
+    let end = Instant::now() + SWITCH_TIMEOUT;
     loop {
         let found = read_dead_letter(&*lanes.store, pointer, &lanes.worker.name, stopping).await?;
         let is_ours =
@@ -154,7 +154,7 @@ async fn read_for_version(
         if is_ours || Instant::now() >= end {
             return Some(found);
         }
-        if stopping.wait(SWAP_POLL_INTERVAL).await {
+        if stopping.wait(SWITCH_POLL_INTERVAL).await {
             return None;
         }
     }
@@ -174,7 +174,7 @@ async fn read_dead_letter(
             .redriven_message(worker, pointer.dead_letter, pointer.generation)
             .await
         {
-            Ok(put_back) => return Some(put_back),
+            Ok(found) => return Some(found),
             Err(error) => {
                 tracing::warn!(
                     worker,

@@ -34,7 +34,7 @@ impl Delivery {
         for ((item, failed), counted) in failed.into_iter().zip(counted) {
             self.report_attempt(&item, &failed, counted);
             let verdict = self.judge(&item.message, failed.failure, counted);
-            run.settled.push((item, verdict));
+            run.judged.push((item, verdict));
         }
         Ok(())
     }
@@ -58,14 +58,14 @@ impl Delivery {
         let CountedAttempt { attempt, is_repeat } = counted;
         // A redriven message has a new budget of attempts, and its numbers continue.
         let before = message.attempts_before();
-        let budget_attempt = attempt.saturating_sub(before).max(1);
+        let attempt_since_redrive = attempt.saturating_sub(before).max(1);
         let policy = &self.worker.retry;
 
-        let is_deterministic = is_repeat && budget_attempt > 1;
+        let is_deterministic = is_repeat && attempt_since_redrive > 1;
         let reason = match failure.kind {
             FailureKind::Reject => Reason::Rejected,
             FailureKind::OutputRefused => Reason::OutputRefused,
-            _ if !policy.allows_retry(budget_attempt) => Reason::AttemptsExhausted,
+            _ if !policy.allows_retry(attempt_since_redrive) => Reason::AttemptsExhausted,
             _ if is_deterministic && policy.dead_letters_deterministic_failures() => {
                 Reason::DeterministicFailure
             }
@@ -74,7 +74,7 @@ impl Delivery {
                     FailureKind::RetryAfter(after) => Some(after),
                     _ => None,
                 };
-                let after = policy.delay_after(budget_attempt, requested, rand::random());
+                let after = policy.delay_after(attempt_since_redrive, requested, rand::random());
                 return Verdict::Retry { attempt, after };
             }
         };
@@ -94,7 +94,7 @@ impl Delivery {
     /// retention deletes them with their attempts.
     pub(super) async fn delete_recordings(&self, run: &BatchRun) {
         let recovered = run
-            .settled
+            .judged
             .iter()
             .filter(|(item, verdict)| item.attempts > 0 && matches!(verdict, Verdict::Done(_)));
         let event_ids: Vec<String> = recovered

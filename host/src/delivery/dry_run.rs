@@ -108,7 +108,7 @@ impl Delivery {
             logs,
             ..
         } = outcome;
-        let failure = match result.map(|answers| answers.into_iter().find_map(Result::err)) {
+        let failure = match result.map(|results| results.into_iter().find_map(Result::err)) {
             Ok(failure) => failure,
             Err(failure) => Some(failure),
         };

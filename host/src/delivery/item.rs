@@ -10,14 +10,14 @@ use crate::model::message::Message;
 use crate::model::verdict::{DeadLetter, Reason, Verdict};
 use crate::store::{Claim, Claimed, StoredRecording};
 
-/// How much the recordings of one batch's failed attempts may hold together, in bytes as they are
+/// Maximum size of the recordings of one batch's failed attempts together, in bytes as they are
 /// stored. A recording that does not fit is not kept.
 const RECORDINGS_MAX: usize = 8 << 20;
 
 /// One message of a batch.
 pub(super) struct BatchItem {
     pub message: Arc<Message>,
-    /// Its place in the batch, from 0.
+    /// Its position in the batch, from 0.
     pub position: usize,
     /// The key whose later messages wait when this one fails.
     pub key: Option<String>,
@@ -34,7 +34,7 @@ struct Duplicate {
     position: usize,
 }
 
-/// What the transaction of an item leads to. Only `Settled` outlasts a rollback.
+/// The state of an item. `Judged` survives any rollback; `Failed` survives a rerun of the others.
 #[derive(Default)]
 pub(super) enum Fate {
     /// It is to run.
@@ -46,14 +46,15 @@ pub(super) enum Fate {
     Failed(FailedCall),
     /// It did not run, because an earlier item of its key failed in the same transaction.
     Blocked,
-    Settled(Verdict),
+    /// It has a verdict.
+    Judged(Verdict),
 }
 
 /// A failed attempt.
 pub(super) struct FailedCall {
     pub failure: CallFailure,
     pub logs: String,
-    /// The call with its host calls and their results; none if there was no room for it.
+    /// The call with its host calls and their results; none if it did not fit.
     pub recording: Option<StoredRecording>,
 }
 
@@ -74,10 +75,10 @@ pub(super) fn distinct(batch: &[Arc<Message>], worker: &Worker) -> Vec<BatchItem
     items
 }
 
-/// Forgets the fates that a rolled-back transaction led to.
+/// Resets the fates that a rolled-back transaction led to.
 pub(super) fn reset(group: &mut [BatchItem]) {
     for item in group {
-        if !matches!(item.fate, Fate::Settled(_)) {
+        if !matches!(item.fate, Fate::Judged(_)) {
             item.fate = Fate::Pending;
         }
     }
@@ -132,16 +133,16 @@ impl BatchItem {
     pub(super) fn apply_claim(&mut self, claimed: Claimed, worker: &str, version: u32) {
         match claimed {
             Claimed::Fresh { attempts } => self.attempts = attempts,
-            Claimed::Settled(settled) => self.fate = Fate::Settled(Verdict::Duplicate(settled)),
+            Claimed::Settled(settled) => self.fate = Fate::Judged(Verdict::Duplicate(settled)),
             Claimed::OtherPayload => {
                 let dead_letter = reused_id(&self.message, worker, version);
-                self.fate = Fate::Settled(Verdict::Dead(Box::new(dead_letter)));
+                self.fate = Fate::Judged(Verdict::Dead(Box::new(dead_letter)));
             }
         }
     }
 
-    /// The verdicts of the in-batch duplicates, each with its place in the batch, when the item
-    /// itself has `verdict`.
+    /// The verdicts of the in-batch duplicates, each with its position in the batch, when the
+    /// item itself has `verdict`.
     pub(super) fn duplicate_verdicts(
         &self,
         verdict: &Verdict,

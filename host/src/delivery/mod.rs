@@ -39,10 +39,12 @@ pub use dry_run::DryRunOutcome;
 use item::{BatchItem, FailedCall, Fate};
 use shared_tx::SharedTx;
 
-/// The lease of committed outputs: until then only the host that committed them publishes them.
+/// The lease of committed outputs. For this long after the commit, only the committing host
+/// publishes them.
 pub const HAND_OVER_LEASE: Duration = Duration::from_secs(30);
 
-/// How often a batch is run again at once after a conflict with another transaction.
+/// Maximum number of times that a batch is run again at once after conflicts with other
+/// transactions.
 const CONFLICTS_MAX: u32 = 12;
 
 /// After how long an in-batch duplicate of a message without a final verdict is delivered again.
@@ -89,11 +91,11 @@ pub struct BatchResult {
     pub outputs: Vec<OutboxRow>,
     /// Not later than the start of the first of their leases.
     pub leased_at: Instant,
-    /// How often messages were run again because of others in the batch.
+    /// Number of transactions whose items had to run again.
     pub reruns: u32,
-    /// How many items were rolled back to a savepoint, which spared the others another run.
+    /// Number of items that were rolled back to a savepoint, which spared the others another run.
     pub savepoint_rollbacks: u32,
-    /// How often a transaction conflicted with another one.
+    /// Number of conflicts with other transactions.
     pub conflicts: u32,
 }
 
@@ -144,8 +146,8 @@ impl Delivery {
             run.reruns += u32::from(!matches!(outcome, TxOutcome::Finished));
             match outcome {
                 TxOutcome::Finished => {
-                    let unfinished = run.finish(group);
-                    push_group(&mut groups, unfinished);
+                    let pending = run.finish(group);
+                    push_group(&mut groups, pending);
                 }
                 TxOutcome::Rerun => {
                     fault::point(fault::BEFORE_RERUN);
@@ -184,8 +186,7 @@ impl Delivery {
         Ok(run.into_result(&self.worker.name, self.version))
     }
 
-    /// Runs one group of pending items in one transaction. On [`TxOutcome::Finished`] each of them
-    /// has its final fate.
+    /// Runs one group of pending items in one transaction.
     async fn run_group(
         &self,
         run: &mut BatchRun,
@@ -308,7 +309,7 @@ impl Delivery {
                 fresh
                     .iter_mut()
                     .filter(|item| item.has_succeeded())
-                    .for_each(|item| item.fate = Fate::Settled(Verdict::Done(settled)));
+                    .for_each(|item| item.fate = Fate::Judged(Verdict::Done(settled)));
                 run.leased_at = run.leased_at.or(Some(leased_at));
                 run.outputs.extend(rows);
                 run.savepoint_rollbacks += effects.savepoint_rollbacks;
@@ -343,7 +344,7 @@ impl Delivery {
         tx.append_outputs(&effects.outputs, HAND_OVER_LEASE).await
     }
 
-    /// The output by which other hosts learn of invalidated tags; none when no tag is invalidated.
+    /// The output that notifies other hosts of invalidated tags; none when no tag is invalidated.
     fn invalidation_output(
         &self,
         event_id: &str,
@@ -372,7 +373,8 @@ impl Delivery {
 
 /// The outcome of one transaction.
 enum TxOutcome {
-    /// All items of the group have a verdict or a counted failure.
+    /// No other item has to run because of this transaction. Blocked items run next; failures are
+    /// counted at the end of the batch.
     Finished,
     /// Some failed and took the transaction with them: the others run again.
     Rerun,
@@ -387,10 +389,10 @@ enum TxOutcome {
 /// One batch on its way to its verdicts.
 struct BatchRun {
     /// Items with a verdict.
-    settled: Vec<(BatchItem, Verdict)>,
+    judged: Vec<(BatchItem, Verdict)>,
     /// Items with a failed attempt that is yet to be counted.
     failed: Vec<(BatchItem, FailedCall)>,
-    /// By key, the place of its first failed item: later items of the key wait.
+    /// By key, the position of its first failed item. Later items of the key wait.
     held_keys: HashMap<String, usize>,
     outputs: Vec<OutboxRow>,
     leased_at: Option<Instant>,
@@ -403,7 +405,7 @@ struct BatchRun {
 impl BatchRun {
     fn new(savepoints: Savepoints) -> Self {
         BatchRun {
-            settled: Vec::new(),
+            judged: Vec::new(),
             failed: Vec::new(),
             held_keys: HashMap::new(),
             outputs: Vec::new(),
@@ -415,13 +417,13 @@ impl BatchRun {
         }
     }
 
-    /// The items of a group that can run now. An item whose key is held by an earlier, failed one
-    /// is settled as blocked.
+    /// The items of a group that can run now. An item of a key with an earlier, failed item gets
+    /// the verdict `Blocked`.
     fn runnable(&mut self, group: Vec<BatchItem>) -> Vec<BatchItem> {
         let (blocked, runnable): (Vec<_>, Vec<_>) =
             group.into_iter().partition(|item| self.is_blocked(item));
         let blocked = blocked.into_iter().map(|item| (item, Verdict::Blocked));
-        self.settled.extend(blocked);
+        self.judged.extend(blocked);
         runnable
     }
 
@@ -430,12 +432,12 @@ impl BatchRun {
         held_by.is_some_and(|failed| *failed < item.position)
     }
 
-    /// Takes in the items with a final fate; returns those that are to run again.
+    /// Takes in the items with a verdict or a failed attempt; returns those that are to run.
     fn finish(&mut self, group: Vec<BatchItem>) -> Vec<BatchItem> {
         let mut pending = Vec::new();
         for mut item in group {
             match std::mem::take(&mut item.fate) {
-                Fate::Settled(verdict) => self.settled.push((item, verdict)),
+                Fate::Judged(verdict) => self.judged.push((item, verdict)),
                 Fate::Failed(failed) => {
                     if let Some(key) = &item.key {
                         let first = self.held_keys.entry(key.clone()).or_insert(item.position);
@@ -460,7 +462,7 @@ impl BatchRun {
 
     fn into_result(self, worker: &str, version: u32) -> BatchResult {
         let mut verdicts = Vec::new();
-        for (item, verdict) in self.settled {
+        for (item, verdict) in self.judged {
             verdicts.extend(item.duplicate_verdicts(&verdict, worker, version));
             verdicts.push((item.position, verdict));
         }
@@ -487,7 +489,7 @@ fn handle_commit_error(
             item.fate = Fate::Failed(FailedCall::commit_refused(&cause));
             Ok(TxOutcome::Finished)
         }
-        // One of them is the cause; each alone, the database names it.
+        // One of them is the cause. Run alone, the failing one is identified.
         (StoreError::Refused(_), _) => Ok(TxOutcome::RunIndividually),
         (error, _) => Err(error),
     }

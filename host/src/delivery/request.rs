@@ -109,9 +109,9 @@ impl Delivery {
             .await?;
         let mut tx = match claim(tx, incoming).await? {
             RequestClaim::Acquired(tx) => tx,
-            RequestClaim::Settled(settled) => return Ok(settled),
+            RequestClaim::HandledElsewhere(outcome) => return Ok(outcome),
         };
-        if let Err(error) = tx.answer_request(key, &response, *keep).await {
+        if let Err(error) = tx.store_response(key, &response, *keep).await {
             tx.rollback().await;
             return match error {
                 StoreError::Refused(cause) => Ok(commit_refused(&cause)),
@@ -143,7 +143,7 @@ impl Delivery {
         fault::point(fault::AFTER_BEGIN);
         let tx = match claim(tx, incoming).await? {
             RequestClaim::Acquired(tx) => tx,
-            RequestClaim::Settled(settled) => return Ok(Ok(settled)),
+            RequestClaim::HandledElsewhere(outcome) => return Ok(Ok(outcome)),
         };
         fault::point(fault::AFTER_CLAIM);
 
@@ -302,7 +302,7 @@ impl Delivery {
             }
         }
         if let Some((key, keep)) = &incoming.key {
-            tx.answer_request(key, response, *keep).await?;
+            tx.store_response(key, response, *keep).await?;
         }
         Ok(rows)
     }
@@ -341,11 +341,11 @@ enum HandlerOutcome {
     Failure(CallFailure),
 }
 
-/// Determines the outcome. A handler may answer a failed statement with an error response, which is
-/// kept although the delivery is doomed.
+/// Determines the outcome. An error response of the handler to a failed statement is kept, although
+/// the delivery is doomed.
 fn handler_outcome(outcome: &mut CallOutcome) -> HandlerOutcome {
     let result = std::mem::replace(&mut outcome.result, Ok(Vec::new()));
-    let failure = match result.map(|answers| answers.into_iter().find_map(Result::err)) {
+    let failure = match result.map(|results| results.into_iter().find_map(Result::err)) {
         Ok(failure) => failure,
         Err(failure) => Some(failure),
     };
@@ -381,7 +381,7 @@ pub(crate) enum RequestClaim {
     /// This transaction handles the request, and holds its key if there is one.
     Acquired(Box<dyn Tx>),
     /// The request is or was handled elsewhere. The transaction has ended.
-    Settled(RequestOutcome),
+    HandledElsewhere(RequestOutcome),
 }
 
 /// Claims the key of a request, if it has one.
@@ -395,17 +395,21 @@ pub(crate) async fn claim(
     let Some((key, _)) = &incoming.key else {
         return Ok(RequestClaim::Acquired(tx));
     };
-    let settled = match tx.claim_request(key).await {
+    let claim = match tx.claim_request(key).await {
         Ok(ClaimedRequest::Fresh) => return Ok(RequestClaim::Acquired(tx)),
-        Ok(ClaimedRequest::Answered(response)) => Ok(RequestClaim::Settled(
+        Ok(ClaimedRequest::Answered(response)) => Ok(RequestClaim::HandledElsewhere(
             RequestOutcome::responded(response, true),
         )),
-        Ok(ClaimedRequest::OtherRequest) => Ok(RequestClaim::Settled(RequestOutcome::OtherRequest)),
-        Ok(ClaimedRequest::InFlight) => Ok(RequestClaim::Settled(RequestOutcome::InFlight)),
+        Ok(ClaimedRequest::OtherRequest) => {
+            Ok(RequestClaim::HandledElsewhere(RequestOutcome::OtherRequest))
+        }
+        Ok(ClaimedRequest::InFlight) => {
+            Ok(RequestClaim::HandledElsewhere(RequestOutcome::InFlight))
+        }
         Err(error) => Err(error),
     };
     tx.rollback().await;
-    settled
+    claim
 }
 
 /// The message that stands for a request. Outputs have its id as their cause, and their ids are

@@ -81,7 +81,7 @@ pub struct Preview {
 /// to another result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Preconditions {
-    /// How often the dead letter was redriven before.
+    /// Number of earlier redrives of the dead letter.
     pub generation: u32,
     /// The active deployment; none when the worker has none.
     pub version: Option<u32>,

@@ -181,7 +181,7 @@ fn prefix(dead_letter: &DeadLetterRecord) -> String {
 
 fn check(dead_letter: &DeadLetterRecord, outputs: BTreeMap<String, u64>) -> DeadLetterCheck {
     let summary = &dead_letter.summary;
-    let inbox = dead_letter.settled.as_ref().map(|(state, _)| state.clone());
+    let inbox = dead_letter.inbox.as_ref().map(|(state, _)| state.clone());
     let owns_event_id = summary.reason != Reason::IdReuse.as_str();
     let duplicate = outputs.iter().find(|(_, count)| **count > 1);
     let unpublished = dead_letter

@@ -97,7 +97,7 @@ impl Guest {
             return Err(error);
         }
         let result = match finished {
-            Ok(Ok(answers)) => check_result_count(state.call.messages.len(), answers),
+            Ok(Ok(results)) => check_result_count(state.call.messages.len(), results),
             Ok(Err(error)) if error.is::<wasmtime::PoolConcurrencyLimitError>() => {
                 return Err(anyhow::Error::from(error)).context("allocate one more instance");
             }
@@ -112,7 +112,7 @@ impl Guest {
         let result = result.map_err(|failure| failure.with_panic_location(&logs));
         let all_succeeded = result
             .as_ref()
-            .is_ok_and(|answers| answers.iter().all(Result::is_ok));
+            .is_ok_and(|results| results.iter().all(Result::is_ok));
 
         // Complete the record or the replay.
         let recorder = std::mem::take(&mut state.call.recorder);
@@ -147,7 +147,7 @@ impl Guest {
             Some(instance) => instance,
             None => instance.insert(self.pre.instantiate_async(&mut *store).await?),
         };
-        let answers = match &self.entry {
+        let results = match &self.entry {
             Entry::Http(indices) => {
                 let (result, response) = http::serve(store, instance, indices).await?;
                 store.data_mut().response = response;
@@ -171,9 +171,9 @@ impl Guest {
                     .await?
             }
         };
-        Ok(answers
+        Ok(results
             .into_iter()
-            .map(|answer| answer.map_err(failure_from_wit))
+            .map(|result| result.map_err(failure_from_wit))
             .collect())
     }
 

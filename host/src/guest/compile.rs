@@ -130,7 +130,7 @@ impl Compiler {
     pub async fn compile(&self, wasm: &Bytes) -> Result<Vec<u8>, CompileError> {
         let limit = self.settings.time.saturating_mul(WALL_TIME_FACTOR);
         match tokio::time::timeout(limit, self.run(wasm)).await {
-            Ok(answer) => self.parse_output(answer?),
+            Ok(output) => self.parse_output(output?),
             Err(_) => Err(CompileError::Other(
                 anyhow!(
                     "compiling the component did not finish within {}",
@@ -207,12 +207,12 @@ impl Compiler {
     }
 
     /// Converts the output of the process into machine code or an error.
-    fn parse_output(&self, answer: CompilerOutput) -> Result<Vec<u8>, CompileError> {
+    fn parse_output(&self, output: CompilerOutput) -> Result<Vec<u8>, CompileError> {
         let CompilerOutput {
             status,
             mut output,
             stderr,
-        } = answer;
+        } = output;
         let text = |output: &[u8]| {
             String::from_utf8_lossy(output.get(1..).unwrap_or_default()).into_owned()
         };

@@ -111,14 +111,14 @@ pub(super) fn failure_from_wit(failure: wit::Failure) -> CallFailure {
 /// Checks that a batch handler returned one result for each message.
 pub(super) fn check_result_count(
     messages: usize,
-    answers: Vec<HandlerResult>,
+    results: Vec<HandlerResult>,
 ) -> Result<Vec<HandlerResult>, CallFailure> {
-    if answers.len() == messages {
-        return Ok(answers);
+    if results.len() == messages {
+        return Ok(results);
     }
     let why = format!(
         "the batch handler received {messages} messages and returned {} results",
-        answers.len()
+        results.len()
     );
     Err(CallFailure::new(
         FailureKind::Retry,
@@ -136,8 +136,8 @@ pub(super) fn doomed_failure(
     // In a batch it is unknown which message ran the failed statement.
     let own = result
         .ok()
-        .filter(|answers| answers.len() == 1)
-        .and_then(|answers| answers.into_iter().next());
+        .filter(|results| results.len() == 1)
+        .and_then(|results| results.into_iter().next());
     match own {
         Some(Err(own))
             if doom.kind == FailureKind::Retry

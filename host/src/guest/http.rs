@@ -37,7 +37,7 @@ pub(super) async fn serve(
     instance: &Instance,
     indices: &incoming_handler::GuestIndices,
 ) -> wasmtime::Result<(HandlerResult, Option<HttpResponse>)> {
-    let most = usize::try_from(store.data().call.worker.limits.answer_size).unwrap_or(usize::MAX);
+    let most = usize::try_from(store.data().call.worker.limits.response_size).unwrap_or(usize::MAX);
     let Some(call) = &store.data().call.request else {
         let why = "an HTTP worker handles requests, not messages";
         return Ok((
@@ -131,7 +131,7 @@ async fn read_response(
     let body = Limited::new(body, most).collect().await.map_err(|error| {
         failed("response-too-large", format!(
             "failed to read the body of the response: {error}; at most {most} bytes are allowed \
-             (`answer_size` under [worker.limits])"
+             (`response_size` under [worker.limits])"
         ))
     })?;
     let own = parts

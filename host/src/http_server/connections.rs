@@ -50,17 +50,17 @@ struct State {
     is_closing: bool,
 }
 
-/// The phases of a connection, in their order; `Busy` is followed by `Idle`.
+/// The phases of a connection: `New`, `Head`, `Busy`, `Idle`, and then `Head` again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// No byte received yet.
     New,
-    /// Between two requests.
-    Idle,
     /// A head is partly received.
     Head,
     /// A request is being handled, or its response is being written.
     Busy,
+    /// Between two requests.
+    Idle,
 }
 
 /// Keeps a connection busy, from the head of a request to the last chunk of its response.
@@ -95,9 +95,10 @@ impl Connections {
         }
     }
 
-    /// Closes one connection, because the next accept may only need one open file less.
-    pub fn accept_failed(&self, error: &io::Error) {
-        if self.may_warn() {
+    /// Closes the connection that has waited longest: `accept` fails when no file descriptor is
+    /// left.
+    pub fn free_file_descriptor(&self, error: &io::Error) {
+        if self.take_warning_turn() {
             tracing::warn!(listener = self.name, %error, "accept failed, retrying");
         }
         close_longest_waiting(&self.lock());
@@ -113,7 +114,7 @@ impl Connections {
                 connection,
             });
         }
-        if self.may_warn() {
+        if self.take_warning_turn() {
             let connections = self.limits.connections;
             tracing::warn!(
                 listener = self.name,
@@ -125,7 +126,8 @@ impl Connections {
         None
     }
 
-    fn may_warn(&self) -> bool {
+    /// Whether a warning is due. If so, the next one is due after [`WARN_INTERVAL`].
+    fn take_warning_turn(&self) -> bool {
         let mut warned_at = self
             .warned_at
             .lock()

@@ -107,7 +107,7 @@ async fn accept(listener: &TcpListener, connections: &Connections) -> TcpStream 
             Ok((stream, _)) => return stream,
             Err(error) if is_client_error(&error) => {}
             Err(error) => {
-                connections.accept_failed(&error);
+                connections.free_file_descriptor(&error);
                 tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
             }
         }
@@ -133,8 +133,8 @@ async fn serve_connection(
     let _ = stream.set_nodelay(true);
     let connection = Arc::clone(slot.connection());
     let io = TokioIo::new(WatchedStream::new(stream, Arc::clone(&connection)));
-    let (http, answering) = (server.http.clone(), Arc::clone(&connection));
-    let service = service_fn(move |request| server.answer(&answering, request));
+    let (http, current) = (server.http.clone(), Arc::clone(&connection));
+    let service = service_fn(move |request| server.serve_request(&current, request));
     let mut serving = pin!(http.serve_connection(io, service));
     let mut stopped = pin!(stopping.stopped());
     let mut is_stopping = false;
@@ -158,7 +158,7 @@ async fn serve_connection(
 
 impl Server {
     /// Handles one request. The connection counts as busy until the response is written.
-    fn answer(
+    fn serve_request(
         &self,
         connection: &Arc<Connection>,
         request: Request<Incoming>,
@@ -174,9 +174,9 @@ impl Server {
             ))
         });
         request.extensions_mut().insert(held);
-        let answering = TowerToHyperService::new(self.router.clone()).call(request);
+        let handling = TowerToHyperService::new(self.router.clone()).call(request);
         async move {
-            Ok(answering
+            Ok(handling
                 .await?
                 .map(|body| ResponseBody::new(body, &memory, busy)))
         }

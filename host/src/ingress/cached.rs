@@ -1,6 +1,6 @@
-//! Cached reads: one load answers all equal requests.
+//! Cached reads: one load for all equal requests.
 //!
-//! A cached answer is served until it expires or a writer invalidates one of its tags.
+//! A cached response is served until it expires or a writer invalidates one of its tags.
 
 use std::sync::Arc;
 
@@ -12,9 +12,9 @@ use axum::response::Response;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
-use super::answer::respond;
 use super::key::LabelledDigest;
 use super::problem::Problem;
+use super::response::respond;
 use super::{Ingress, Target, read_body};
 use crate::cache::{CacheKey, Cached, Layer, Loaded, Policy};
 use crate::config::manifest::{CachePolicy, CacheScope};
@@ -33,7 +33,7 @@ const CONDITIONAL_HEADERS: [&str; 6] = [
     "range",
 ];
 
-/// Request headers that may affect an answer, besides those that identify the caller.
+/// Request headers that may affect a response, besides those that identify the caller.
 const KEYED_HEADERS: [&str; 3] = ["accept", "accept-language", "host"];
 
 /// Request headers that may identify the caller, besides the configured one.
@@ -47,19 +47,19 @@ struct CachedHead {
 }
 
 impl Ingress {
-    /// Answers from the cache, or loads the answer once for all equal requests.
-    pub(super) async fn answer_cached(
+    /// Responds from the cache, or loads the response once for all equal requests.
+    pub(super) async fn respond_from_cache(
         self: Arc<Self>,
         target: Arc<Target>,
-        terms: &CachePolicy,
+        cache_policy: &CachePolicy,
         mut parts: Parts,
         body: Body,
     ) -> Response {
         // Refuse a body, and remove the conditional headers.
         if let Err(problem) = reject_body(body).await {
-            return respond(problem.answer(), false);
+            return respond(problem.response(), false);
         }
-        // The cached answer is complete: other clients have no ETag to compare with.
+        // The cached response is complete: other clients have no ETag to compare with.
         let if_none_match: Vec<HeaderValue> = parts
             .headers
             .get_all(IF_NONE_MATCH)
@@ -70,32 +70,32 @@ impl Ingress {
             .iter()
             .for_each(|name| drop(parts.headers.remove(*name)));
 
-        // The key, the policy and the tags of the answer.
-        let keyed = self.keyed_headers(terms);
-        let cache_key = CacheKey::response(target.name(), &cache_key(&target, &keyed, &parts));
+        // The key, the policy and the tags of the response.
+        let keyed = self.keyed_headers(cache_policy);
+        let cache_key = CacheKey::response(target.key_owner(), &cache_key(&target, &keyed, &parts));
         let (policy, tags) = (
             Policy {
-                ttl: terms.ttl,
-                stale: terms.stale,
+                ttl: cache_policy.ttl,
+                stale: cache_policy.stale,
             },
-            target.cache_tags(terms),
+            target.cache_tags(cache_policy),
         );
-        let is_for_all = terms.cache_scope == CacheScope::Shared;
+        let is_for_all = cache_policy.cache_scope == CacheScope::Shared;
 
-        // Load the answer, or wait for the request that loads it.
+        // Load the response, or wait for the request that loads it.
         let ingress = Arc::clone(&self);
         let load = move || async move {
-            let answer = match ingress.read(&target, parts, Body::empty()).await {
+            let response = match ingress.read(&target, parts, Body::empty()).await {
                 Ok(incoming) => ingress
-                    .answer(&target, &incoming)
+                    .handle_request(&target, &incoming)
                     .await
-                    .map(|(answer, _)| answer),
+                    .map(|(response, _)| response),
                 Err(problem) => Err(problem),
             };
-            let answer = answer.unwrap_or_else(|problem| problem.answer());
-            let keep = is_cacheable(&answer, is_for_all, &keyed).then_some(policy);
+            let response = response.unwrap_or_else(|problem| problem.response());
+            let keep = is_cacheable(&response, is_for_all, &keyed).then_some(policy);
             anyhow::Ok(Loaded {
-                value: encode(&answer)?,
+                value: encode(&response)?,
                 tags,
                 policy: keep,
             })
@@ -105,31 +105,31 @@ impl Ingress {
             Err(error) => {
                 tracing::warn!(
                     error = format!("{:#}", error.cause()),
-                    "failed to load an answer"
+                    "failed to load a response"
                 );
-                return respond(Problem::unavailable().answer(), false);
+                return respond(Problem::unavailable().response(), false);
             }
         };
 
         // Respond.
         match decode(&cached.value) {
-            Ok(answer) => not_modified_if_matched(
-                with_cache_headers(respond(answer, false), &cached),
+            Ok(response) => not_modified_if_matched(
+                with_cache_headers(respond(response, false), &cached),
                 &if_none_match,
             ),
             Err(error) => {
                 tracing::warn!(
                     error = format!("{error:#}"),
-                    "failed to decode a cached answer"
+                    "failed to decode a cached response"
                 );
-                respond(Problem::unavailable().answer(), false)
+                respond(Problem::unavailable().response(), false)
             }
         }
     }
 
     /// The request headers that are part of the cache key, in lower case.
-    fn keyed_headers(&self, terms: &CachePolicy) -> Vec<String> {
-        let callers = match terms.cache_scope {
+    fn keyed_headers(&self, cache_policy: &CachePolicy) -> Vec<String> {
+        let callers = match cache_policy.cache_scope {
             CacheScope::Shared => Vec::new(),
             CacheScope::Caller => CALLER_HEADERS
                 .into_iter()
@@ -156,7 +156,7 @@ fn cache_key(target: &Target, keyed: &[String], parts: &Parts) -> String {
     digest.hex()
 }
 
-/// Refuses a body: it could affect the answer, but is not part of the key.
+/// Refuses a body: it could affect the response, but is not part of the key.
 async fn reject_body(body: Body) -> Result<(), Problem> {
     if body.size_hint().lower() > 0 {
         return Err(Problem::body_refused());
@@ -168,24 +168,24 @@ async fn reject_body(body: Body) -> Result<(), Problem> {
     }
 }
 
-/// Whether an answer may be served to other requests.
+/// Whether a response may be served to other requests.
 ///
 /// It has status 200, sets no cookie, and `Cache-Control` permits caching. It may vary by keyed
 /// headers only.
-fn is_cacheable(answer: &HttpResponse, is_for_all: bool, keyed: &[String]) -> bool {
-    let control = header_list(&answer.headers, "cache-control");
+fn is_cacheable(response: &HttpResponse, is_for_all: bool, keyed: &[String]) -> bool {
+    let control = header_list(&response.headers, "cache-control");
     // A directive with an argument counts as well, as in `private="set-cookie"`.
     let says = |word: &str| {
         control
             .iter()
             .any(|part| part.split('=').next() == Some(word))
     };
-    let sets_cookie = header(&answer.headers, "set-cookie").is_some();
+    let sets_cookie = header(&response.headers, "set-cookie").is_some();
     let is_private = is_for_all && says("private");
-    let is_keyed = header_list(&answer.headers, "vary")
+    let is_keyed = header_list(&response.headers, "vary")
         .iter()
         .all(|name| keyed.contains(name));
-    answer.status == 200
+    response.status == 200
         && !sets_cookie
         && !is_private
         && !says("no-store")
@@ -206,16 +206,16 @@ fn header_list(headers: &Headers, name: &str) -> Vec<String> {
 }
 
 /// Encodes the length of the head, the head as JSON, and the unchanged body.
-fn encode(answer: &HttpResponse) -> anyhow::Result<Bytes> {
+fn encode(response: &HttpResponse) -> anyhow::Result<Bytes> {
     let head = CachedHead {
-        status: answer.status,
-        headers: answer.headers.clone(),
+        status: response.status,
+        headers: response.headers.clone(),
     };
-    let head = serde_json::to_vec(&head).context("encode the head of an answer")?;
-    let mut encoded = BytesMut::with_capacity(4 + head.len() + answer.body.len());
+    let head = serde_json::to_vec(&head).context("encode the head of a response")?;
+    let mut encoded = BytesMut::with_capacity(4 + head.len() + response.body.len());
     encoded.put_u32(u32::try_from(head.len()).context("encode the length of the head")?);
     encoded.put_slice(&head);
-    encoded.put_slice(&answer.body);
+    encoded.put_slice(&response.body);
     Ok(encoded.freeze())
 }
 
@@ -226,9 +226,9 @@ fn decode(value: &Bytes) -> anyhow::Result<HttpResponse> {
         .context("read the length of the head")?;
     let length =
         usize::try_from(u32::from_be_bytes(*length)).context("read the length of the head")?;
-    let head = rest.get(..length).context("find the head of an answer")?;
+    let head = rest.get(..length).context("find the head of a response")?;
     let CachedHead { status, headers } =
-        serde_json::from_slice(head).context("read the head of an answer")?;
+        serde_json::from_slice(head).context("read the head of a response")?;
     Ok(HttpResponse {
         status,
         headers,
@@ -236,7 +236,7 @@ fn decode(value: &Bytes) -> anyhow::Result<HttpResponse> {
     })
 }
 
-/// Converts the response to 304 Not Modified if the client has this answer already (RFC 9110
+/// Converts the response to 304 Not Modified if the client already has it (RFC 9110
 /// section 13.1.2).
 fn not_modified_if_matched(mut response: Response, if_none_match: &[HeaderValue]) -> Response {
     let tag = response
@@ -262,7 +262,7 @@ fn opaque_tag(tag: &str) -> &str {
     tag.strip_prefix("W/").unwrap_or(tag)
 }
 
-/// Adds the age (RFC 9111) and the source (RFC 9211) of an answer.
+/// Adds the age (RFC 9111) and the source (RFC 9211) of a response.
 fn with_cache_headers(mut response: Response, cached: &Cached) -> Response {
     let status = match (cached.layer, cached.is_stale) {
         (Layer::Loaded, _) => "oncely; fwd=miss",
@@ -282,7 +282,7 @@ fn with_cache_headers(mut response: Response, cached: &Cached) -> Response {
 mod tests {
     use super::*;
 
-    fn answer(status: u16, headers: &[(&str, &str)]) -> HttpResponse {
+    fn response(status: u16, headers: &[(&str, &str)]) -> HttpResponse {
         let headers = headers
             .iter()
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
@@ -295,9 +295,9 @@ mod tests {
     }
 
     #[test]
-    fn a_decoded_answer_equals_the_encoded_one() {
-        let answer = answer(200, &[("x", "caf\u{e9}"), ("x", "2")]);
-        assert_eq!(decode(&encode(&answer).unwrap()).unwrap(), answer);
+    fn a_decoded_response_equals_the_encoded_one() {
+        let response = response(200, &[("x", "caf\u{e9}"), ("x", "2")]);
+        assert_eq!(decode(&encode(&response).unwrap()).unwrap(), response);
         assert!(decode(&Bytes::from_static(b"\x00\x00\x00\x09{}")).is_err());
     }
 
@@ -310,9 +310,9 @@ mod tests {
     }
 
     #[test]
-    fn only_shareable_answers_are_cacheable() {
+    fn only_shareable_responses_are_cacheable() {
         let kept = |status, headers: &[(&str, &str)], is_for_all| {
-            is_cacheable(&answer(status, headers), is_for_all, &keyed())
+            is_cacheable(&response(status, headers), is_for_all, &keyed())
         };
         assert!(kept(200, &[("cache-control", "max-age=3")], true));
         assert!(kept(200, &[("cache-control", "private")], false));
@@ -349,10 +349,10 @@ mod tests {
     }
 
     #[test]
-    fn answers_with_an_unkeyed_vary_are_not_cacheable() {
+    fn responses_with_an_unkeyed_vary_are_not_cacheable() {
         let kept = |lines: &[&str]| {
             let headers: Vec<(&str, &str)> = lines.iter().map(|line| ("Vary", *line)).collect();
-            is_cacheable(&answer(200, &headers), false, &keyed())
+            is_cacheable(&response(200, &headers), false, &keyed())
         };
         assert!(kept(&["Accept, Accept-Language", "cookie", ""]));
         for lines in [
@@ -364,10 +364,10 @@ mod tests {
         ] {
             assert!(!kept(lines), "{lines:?}");
         }
-        // A shared answer must not vary by caller.
+        // A shared response must not vary by caller.
         let for_all: Vec<String> = KEYED_HEADERS.into_iter().map(str::to_owned).collect();
         assert!(!is_cacheable(
-            &answer(200, &[("vary", "authorization")]),
+            &response(200, &[("vary", "authorization")]),
             true,
             &for_all
         ));

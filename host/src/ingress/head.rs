@@ -1,7 +1,7 @@
 //! Normalizes the head of a request: one authority, one caller, one cookie line.
 //!
 //! Idempotency keys and cache keys are derived from these headers, and the handler sees the same
-//! ones. An ambiguous head is refused: the key could follow one reading and the answer the other.
+//! ones. An ambiguous head is refused: the key could follow one reading and the response the other.
 
 use axum::http::header::{AUTHORIZATION, COOKIE, HOST};
 use axum::http::request::Parts;

@@ -1,8 +1,8 @@
 //! The ingress: HTTP requests that are safe to retry.
 //!
 //! `POST /publish/{subject}` publishes a message. All other paths belong to routes of HTTP workers.
-//! A request with an `Idempotency-Key` is handled once: its effects, outputs and answer commit in
-//! one transaction, and a retry gets the stored answer. The key follows the IETF draft
+//! A request with an `Idempotency-Key` is handled once: its effects, outputs and response commit in
+//! one transaction, and a retry gets the stored response. The key follows the IETF draft
 //! `draft-ietf-httpapi-idempotency-key-header`, errors follow RFC 9457. `docs/http.md` has the
 //! table.
 
@@ -31,19 +31,19 @@ use crate::model::request::{Admission, HttpRequest, HttpResponse, RequestKey};
 use crate::relay::RelayHandle;
 use crate::store::{Store, StoreError};
 
-mod answer;
 mod cached;
 mod head;
 mod key;
 mod problem;
 mod publish;
+mod response;
 mod route_table;
 mod single_flight;
 
-use answer::respond;
 use problem::Problem;
 pub use publish::{PUBLISH_WINDOW, PUBLISHER};
 use publish::{Publication, Publisher};
+use response::respond;
 use route_table::MatchedRoute;
 pub use route_table::{RouteTable, check_routes};
 use single_flight::{SingleFlight, SingleFlightEntry};
@@ -236,8 +236,8 @@ impl Ingress {
 
     /// Handles a request and hands its outputs over to the relay.
     ///
-    /// Returns the answer, and whether it is a replay.
-    async fn answer(
+    /// Returns the response, and whether it is a replay.
+    async fn handle_request(
         &self,
         target: &Target,
         incoming: &IncomingRequest,
@@ -249,7 +249,11 @@ impl Ingress {
 
         // One request per key at a time.
         let _guard = match &incoming.key {
-            Some((key, _)) => match self.single_flight.acquire(target.name(), key, wait).await {
+            Some((key, _)) => match self
+                .single_flight
+                .acquire(target.key_owner(), key, wait)
+                .await
+            {
                 SingleFlightEntry::Acquired(guard) => Some(guard),
                 SingleFlightEntry::InProgress => return Err(Problem::in_progress()),
                 SingleFlightEntry::OtherRequest => return Err(Problem::key_reused()),
@@ -295,7 +299,7 @@ impl Ingress {
             let waited = began.elapsed();
             match handled {
                 Ok(RequestOutcome::Responded {
-                    response: answer,
+                    response,
                     replayed,
                     outputs,
                     leased_at: since,
@@ -303,20 +307,20 @@ impl Ingress {
                     if let Some(relay) = self.relay.read().await.clone() {
                         relay.hand_over(outputs, since).await;
                     }
-                    return Ok((answer, replayed));
+                    return Ok((response, replayed));
                 }
                 Ok(RequestOutcome::OtherRequest) => return Err(Problem::key_reused()),
                 Ok(RequestOutcome::InFlight) if waited < wait => {}
                 Ok(RequestOutcome::InFlight) => return Err(Problem::in_progress()),
                 Ok(RequestOutcome::Failed(failure)) => {
                     tracing::warn!(
-                        worker = target.name(),
+                        worker = target.key_owner(),
                         error = failure.message,
                         code = failure.code.as_deref(),
                         "request failed"
                     );
                     return self
-                        .failed(target, incoming, Problem::failed(failure.code.as_deref()))
+                        .store_failure(target, incoming, Problem::failed(failure.code.as_deref()))
                         .await;
                 }
                 // A retry with the same key finds the outcome.
@@ -324,7 +328,7 @@ impl Ingress {
                     if incoming.key.is_some() && waited < UNCLEAR_TIMEOUT => {}
                 Ok(RequestOutcome::Unclear(error)) => {
                     tracing::warn!(
-                        worker = target.name(),
+                        worker = target.key_owner(),
                         error = format!("{error:#}"),
                         "request outcome unknown"
                     );
@@ -335,7 +339,7 @@ impl Ingress {
                 Err(error) => {
                     let error = anyhow::Error::from(error);
                     tracing::warn!(
-                        worker = target.name(),
+                        worker = target.key_owner(),
                         error = format!("{error:#}"),
                         "request not handled"
                     );
@@ -348,8 +352,8 @@ impl Ingress {
 
     /// Stores a failure under the key of its request, if the route stores all failures.
     ///
-    /// The handler was cut off, so it stored no answer of its own.
-    async fn failed(
+    /// The handler was cut off, so it stored no response.
+    async fn store_failure(
         &self,
         target: &Target,
         incoming: &IncomingRequest,
@@ -363,20 +367,18 @@ impl Ingress {
         }
         match worker
             .delivery
-            .store_response(incoming, problem.as_permanent().answer())
+            .store_response(incoming, problem.as_permanent().response())
             .await
         {
             Ok(RequestOutcome::Responded {
-                response: answer,
-                replayed,
-                ..
-            }) => Ok((answer, replayed)),
+                response, replayed, ..
+            }) => Ok((response, replayed)),
             Ok(_) => Err(problem),
             Err(error) => {
                 tracing::warn!(
-                    worker = target.name(),
+                    worker = target.key_owner(),
                     error = format!("{:#}", anyhow::Error::from(error)),
-                    "failed to store an answer"
+                    "failed to store a response"
                 );
                 Err(problem)
             }
@@ -385,8 +387,8 @@ impl Ingress {
 }
 
 impl Target {
-    /// The worker that owns the key.
-    fn name(&self) -> &str {
+    /// The worker that owns the idempotency key; [`PUBLISHER`] for a publication.
+    fn key_owner(&self) -> &str {
         match self {
             Target::Worker(found) => &found.worker.delivery.worker.name,
             Target::Publish(_) => PUBLISHER,
@@ -401,8 +403,8 @@ impl Target {
         }
     }
 
-    /// The cache policy for the answer to such a request.
-    fn cache_terms(&self, parts: &Parts) -> Option<&CachePolicy> {
+    /// The cache policy for the response to such a request.
+    fn cache_policy(&self, parts: &Parts) -> Option<&CachePolicy> {
         match self {
             Target::Worker(found) if matches!(parts.method.as_str(), "GET" | "HEAD") => {
                 found.route.cache.as_ref()
@@ -411,8 +413,8 @@ impl Target {
         }
     }
 
-    /// The tags of an answer, with path parameters filled in.
-    fn cache_tags(&self, terms: &CachePolicy) -> Vec<String> {
+    /// The tags of a response, with path parameters filled in.
+    fn cache_tags(&self, policy: &CachePolicy) -> Vec<String> {
         let Target::Worker(MatchedRoute { params, .. }) = self else {
             return Vec::new();
         };
@@ -421,10 +423,10 @@ impl Target {
                 tag.replace(&format!("{{{name}}}"), value)
             })
         };
-        terms.tags.iter().map(fill).collect()
+        policy.tags.iter().map(fill).collect()
     }
 
-    /// The version of the worker that answers.
+    /// The version of the worker that handles the request.
     fn version(&self) -> u32 {
         match self {
             Target::Worker(found) => found.worker.delivery.version,
@@ -433,26 +435,26 @@ impl Target {
     }
 }
 
-/// Handles one request, from its head to its answer.
+/// Handles one request, from its head to its response.
 async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Response {
     let (mut parts, body) = request.into_parts();
     let began = Instant::now();
     if let Err(problem) = head::normalize(&mut parts, ingress.admission.caller.as_deref()) {
-        return respond(problem.answer(), false);
+        return respond(problem.response(), false);
     }
     let target = match ingress.target(&parts).await {
         Ok(target) => Arc::new(target),
-        Err(problem) => return respond(problem.answer(), false),
+        Err(problem) => return respond(problem.response(), false),
     };
 
     // A cached route.
-    if let Some(terms) = target.cache_terms(&parts) {
+    if let Some(policy) = target.cache_policy(&parts) {
         let metrics = Arc::clone(&ingress.metrics);
         let response = ingress
-            .answer_cached(Arc::clone(&target), terms, parts, body)
+            .respond_from_cache(Arc::clone(&target), policy, parts, body)
             .await;
         metrics.request(
-            target.name(),
+            target.key_owner(),
             target.route(),
             response.status().as_u16(),
             false,
@@ -467,41 +469,41 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
         Ok(incoming) => incoming,
         Err(problem) => {
             ingress.metrics.request(
-                target.name(),
+                target.key_owner(),
                 target.route(),
                 problem.status,
                 false,
                 began.elapsed(),
             );
-            return respond(problem.answer(), false);
+            return respond(problem.response(), false);
         }
     };
     let span = tracing::debug_span!(
         "request",
-        worker = target.name(),
+        worker = target.key_owner(),
         route = target.route(),
         method = incoming.request.method,
     );
     // A task of its own: a client that disconnects does not interrupt the transaction.
-    let answering = async move {
-        let (answer, replayed) = ingress
-            .answer(&target, &incoming)
+    let handling = async move {
+        let (response, replayed) = ingress
+            .handle_request(&target, &incoming)
             .await
-            .unwrap_or_else(|problem| (problem.answer(), false));
+            .unwrap_or_else(|problem| (problem.response(), false));
         ingress.metrics.request(
-            target.name(),
+            target.key_owner(),
             target.route(),
-            answer.status,
+            response.status,
             replayed,
             began.elapsed(),
         );
         // The body stays in memory until here.
         drop(memory);
-        (answer, replayed)
+        (response, replayed)
     };
-    match tokio::spawn(answering.instrument(span)).await {
-        Ok((answer, replayed)) => respond(answer, replayed),
-        Err(_) => respond(Problem::unavailable().answer(), false),
+    match tokio::spawn(handling.instrument(span)).await {
+        Ok((response, replayed)) => respond(response, replayed),
+        Err(_) => respond(Problem::unavailable().response(), false),
     }
 }
 

@@ -1,11 +1,11 @@
-//! Error answers of the ingress itself, as problem details (RFC 9457).
+//! Error responses of the ingress itself, as problem details (RFC 9457).
 
 use bytes::Bytes;
 use serde_json::json;
 
 use crate::model::request::HttpResponse;
 
-/// An error answer that does not come from a handler.
+/// An error response that does not come from a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Problem {
     pub status: u16,
@@ -146,7 +146,7 @@ impl Problem {
     }
 
     pub(super) fn body_refused() -> Self {
-        let detail = "answers of this path are cached by path, query and headers; \
+        let detail = "responses of this path are cached by path, query and headers; \
                       send the request without a body";
         Problem::new(400, "body-refused", "This path takes no body", detail)
     }
@@ -217,7 +217,7 @@ impl Problem {
         let (code, title) = ("outcome-unknown", "The outcome is unknown");
         match has_key {
             true => {
-                let detail = "retry with the same Idempotency-Key to get the final answer";
+                let detail = "retry with the same Idempotency-Key to get the final response";
                 Problem::new(503, code, title, detail).retry_after(1)
             }
             false => Problem::new(
@@ -240,18 +240,18 @@ impl Problem {
         Problem::new(status, code, "The handler failed", detail)
     }
 
-    /// The same problem, for an answer stored under its key: a retry gets it again.
+    /// The same problem, for a response stored under its key: a retry gets it again.
     pub(super) fn as_permanent(&self) -> Self {
         let detail = "the handler of this request failed and had no effect; \
-                      this answer is stored under the key";
+                      this response is stored under the key";
         Problem {
             detail: detail.to_owned(),
             ..self.clone()
         }
     }
 
-    /// The problem as an answer.
-    pub(super) fn answer(&self) -> HttpResponse {
+    /// The problem as a response.
+    pub(super) fn response(&self) -> HttpResponse {
         let body = json!({
             "type": format!("urn:oncely:problem:{}", self.code),
             "title": self.title,

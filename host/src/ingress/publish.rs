@@ -166,12 +166,12 @@ impl Publisher {
         incoming: &IncomingRequest,
     ) -> Result<Result<RequestOutcome, Problem>, StoreError> {
         // Checked before the transaction, so that no other request waits for it. A refusal does not
-        // replace the stored answer of an accepted request.
+        // replace the stored response of an accepted request.
         let refusal = self.check(publication, incoming).await.err();
         let tx = self.store.begin(PUBLISHER, STATEMENT_TIMEOUT).await?;
         let mut tx = match claim(tx, incoming).await? {
             RequestClaim::Acquired(tx) => tx,
-            RequestClaim::Settled(settled) => return Ok(Ok(settled)),
+            RequestClaim::HandledElsewhere(outcome) => return Ok(Ok(outcome)),
         };
         if let Some(problem) = refusal {
             tx.rollback().await;
@@ -198,7 +198,7 @@ impl Publisher {
         let outputs = tx
             .append_outputs(&[output(&id, publication, incoming)], HAND_OVER_LEASE)
             .await?;
-        let answer = HttpResponse {
+        let response = HttpResponse {
             status: 202,
             headers: vec![("content-type".to_owned(), "application/json".to_owned())],
             body: json!({"id": id, "subject": publication.subject})
@@ -206,10 +206,10 @@ impl Publisher {
                 .into(),
         };
         if let Some((key, keep)) = &incoming.key {
-            tx.answer_request(key, &answer, *keep).await?;
+            tx.store_response(key, &response, *keep).await?;
         }
         Ok(RequestOutcome::Responded {
-            response: answer,
+            response,
             replayed: false,
             outputs,
             leased_at: since,

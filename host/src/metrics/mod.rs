@@ -150,12 +150,12 @@ pub struct MeasuredOutbox {
     pub worker: String,
     /// Outputs that are committed, due and not published.
     pub unpublished: u64,
-    /// Age of the oldest of them, except parked and held ones.
+    /// Age of the oldest of them, except parked and blocked ones.
     pub oldest: Option<Duration>,
     /// Outputs parked until an operator retries or drops them.
     pub parked: u64,
-    /// Outputs held by a parked output of their key.
-    pub held: u64,
+    /// Outputs blocked by a parked output of their key.
+    pub blocked: u64,
 }
 
 /// All metrics of a host. Labels are workers, streams and words from short lists, never subjects or
@@ -186,7 +186,7 @@ pub struct Metrics {
     unpublished_age: Family<WorkerLabels, Age>,
     unpublished_age_max: Age,
     parked: Family<WorkerLabels, Gauge>,
-    held: Family<WorkerLabels, Gauge>,
+    blocked: Family<WorkerLabels, Gauge>,
     breaker: Family<StreamLabels, Gauge>,
     wal_active: Gauge,
     wal_reader: Gauge,
@@ -386,7 +386,7 @@ impl Default for Metrics {
             ),
             unpublished_age: registrar.add_seconds(
                 "oncely_unpublished_age",
-                "Age of the oldest unpublished output, except parked and held ones",
+                "Age of the oldest unpublished output, except parked and blocked ones",
                 Family::default(),
             ),
             unpublished_age_max: registrar.add_seconds(
@@ -398,9 +398,9 @@ impl Default for Metrics {
                 "oncely_parked_outputs",
                 "Outputs parked until an operator retries or drops them",
             ),
-            held: registrar.add(
-                "oncely_held_outputs",
-                "Outputs held by a parked output of their key",
+            blocked: registrar.add(
+                "oncely_blocked_outputs",
+                "Outputs blocked by a parked output of their key",
             ),
             breaker: registrar.add(
                 "oncely_breaker_state",
@@ -497,7 +497,7 @@ impl Metrics {
             .inc();
     }
 
-    /// Counts a delivered batch, and how often its transactions were run again.
+    /// Counts a delivered batch, and the reruns of its transactions.
     pub fn batch(&self, worker: &str, reruns: u32) {
         self.batches.get_or_create(&worker_labels(worker)).inc();
         self.reruns
@@ -640,7 +640,7 @@ impl Metrics {
         self.unpublished.clear();
         self.unpublished_age.clear();
         self.parked.clear();
-        self.held.clear();
+        self.blocked.clear();
         let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         let seconds = |outbox: &MeasuredOutbox| outbox.oldest.unwrap_or_default().as_secs_f64();
         for outbox in outboxes {
@@ -654,7 +654,9 @@ impl Metrics {
             self.parked
                 .get_or_create(&labels)
                 .set(number(outbox.parked));
-            self.held.get_or_create(&labels).set(number(outbox.held));
+            self.blocked
+                .get_or_create(&labels)
+                .set(number(outbox.blocked));
         }
         self.unpublished_age_max
             .set(outboxes.iter().map(seconds).fold(0.0, f64::max));

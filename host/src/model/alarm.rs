@@ -43,7 +43,7 @@ pub enum Kind {
     /// A stream already held other messages under the ids of outputs. The outputs were published
     /// under other ids.
     IdTaken,
-    /// Database and broker disagree: one of them was restored to an earlier time.
+    /// The database and NATS disagree: one of them was restored to an earlier time.
     Restored,
     /// A deployed worker does not run, or receives no messages.
     CannotRun,
@@ -199,7 +199,7 @@ pub struct Alarm {
     pub kind: Kind,
     /// The new failure; none for other kinds.
     pub group: Option<FailureGroup>,
-    /// How often it was raised so far.
+    /// Number of times that it was raised so far.
     pub times: u32,
     /// The value measured when it was raised, in the unit of the threshold: a count or
     /// milliseconds.
@@ -305,7 +305,7 @@ pub struct Notice {
     pub kind: Kind,
     /// The new failure; none for other kinds.
     pub group: Option<FailureGroup>,
-    /// How often it was raised, this time included.
+    /// Number of times that it was raised, this one included.
     pub times: u32,
     /// The current measured value.
     pub value: u64,
@@ -439,7 +439,7 @@ impl Notice {
                  these outputs were published under other ids"
             ),
             Kind::Restored => format!(
-                "database and broker disagree, as after a restore of one of them: worker {worker} \
+                "the database and NATS disagree, as after a restore of one of them: worker {worker} \
                  receives no messages, and its outputs are not published"
             ),
             Kind::CannotRun => format!("worker {worker} cannot run{}", self.reason_suffix()),

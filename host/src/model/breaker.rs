@@ -48,7 +48,7 @@ pub struct Breaker {
     state: State,
     /// Failures in a row.
     failures: u32,
-    /// How often it opened in a row.
+    /// Number of times that it opened in a row.
     opened: u32,
     /// The end of the open time, or of the time for the probe.
     until: Instant,
@@ -127,14 +127,14 @@ impl Breaker {
                 .min(OPEN_MAX);
             self.state = State::Open;
             self.opened = self.opened.saturating_add(1);
-            // The upper half is random, so that hosts do not all probe at the same time.
+            // Uniform between half of the time and all of it, so that hosts do not probe together.
             self.until = now + most / 2 + (most / 2).mul_f64(random.clamp(0.0, 1.0));
         }
         opens
     }
 
-    /// Records a failure that is unrelated to the resource. If the call was the probe, the next
-    /// call is another probe.
+    /// Records a call that says nothing about the resource: it failed for another reason, or was
+    /// not made. If it was the probe, the next call is another probe.
     pub fn inconclusive(&mut self, now: Instant) {
         if self.state == State::HalfOpen {
             (self.state, self.until) = (State::Open, now);

@@ -24,7 +24,7 @@ const GENERATION_HEADER: &str = "Oncely-Generation";
 pub struct Pointer {
     /// The id of the dead letter.
     pub dead_letter: i64,
-    /// How often it was redriven, this time included.
+    /// Number of redrives, this one included.
     pub generation: u32,
 }
 

@@ -85,7 +85,8 @@ impl RetryPolicy {
 }
 
 /// Waits between attempts to reach something the host needs, such as a connection. They start at
-/// 100 ms and double up to 5 s; the upper half is random. There is no limit on attempts.
+/// 100 ms and double up to 5 s, each uniform between half of the delay and all of it. There is no
+/// limit on attempts.
 #[derive(Debug, Clone, Default)]
 pub struct Backoff {
     failures: u32,

@@ -48,13 +48,14 @@ impl Verdict {
     }
 }
 
-/// The proof that the database holds the final state of a message. Without it, no message can be
-/// acknowledged.
+/// Proof that this delivery needs no further handling: its outcome is committed, or its pointer is
+/// out of date. Without it, no message can be acknowledged.
 #[derive(Debug, Clone, Copy)]
 pub struct Settled(());
 
 impl Settled {
-    /// For the store alone, after the commit or with a committed record (a test guards that).
+    /// For the store alone: after a commit, for a committed record, or for an outdated pointer. A
+    /// test guards that.
     pub(crate) fn seen_by_store() -> Self {
         Settled(())
     }

@@ -48,8 +48,9 @@ impl Breakers {
         }
     }
 
-    /// An output failed for a reason unrelated to its stream.
-    pub fn undecided(&mut self, stream: Option<&str>) {
+    /// The outcome says nothing about the stream: the output failed for another reason, or was not
+    /// sent.
+    pub fn inconclusive(&mut self, stream: Option<&str>) {
         self.with(stream, |breaker| breaker.inconclusive(Instant::now()));
     }
 

@@ -41,17 +41,17 @@ impl Duplicates {
     /// - [`PublishError::IdTaken`] if the stream holds a different message.
     /// - [`PublishError::RetryLater`] if the stored message cannot be read.
     /// - The error of the publication itself.
-    pub async fn confirm(&self, row: &OutboxRow, answer: PublishResult) -> PublishResult {
-        let Ok(place) = &answer else { return answer };
-        if !place.duplicate {
-            return answer;
+    pub async fn confirm(&self, row: &OutboxRow, result: PublishResult) -> PublishResult {
+        let Ok(ack) = &result else { return result };
+        if !ack.duplicate {
+            return result;
         }
         let _permit = self.permits.acquire().await;
-        match is_stored(&self.bus, row, &place.stream, place.sequence).await {
-            Ok(true) => answer,
+        match is_stored(&self.bus, row, &ack.stream, ack.sequence).await {
+            Ok(true) => result,
             Ok(false) => Err(PublishError::IdTaken(id_taken_message(
-                &place.stream,
-                place.sequence,
+                &ack.stream,
+                ack.sequence,
             ))),
             Err(error) => Err(PublishError::RetryLater(format!(
                 "failed to read the stored message: {error:#}"
@@ -61,7 +61,7 @@ impl Duplicates {
 }
 
 /// Whether a stream holds an output at the position of its id. A message that is no longer there
-/// counts as held. It was removed by age, by a limit, by an operator, or by its ack on a queue.
+/// counts as stored. It was removed by age, by a limit, by an operator, or by its ack on a queue.
 ///
 /// # Errors
 /// The stream cannot be read.

@@ -19,7 +19,7 @@ const PUBLISHED_MAX: usize = 1 << 16;
 
 /// An output in memory, leased to this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeldOutput {
+pub struct LeasedOutput {
     pub row: OutboxRow,
     /// A time before its lease began.
     pub since: Instant,
@@ -28,14 +28,14 @@ pub struct HeldOutput {
 /// Worker and ordering key.
 pub type Key = (String, String);
 
-/// The outputs that this host has leased and not settled.
+/// The outputs that this host has leased, without an outcome yet.
 #[derive(Default)]
 pub struct KeyQueues {
-    ready: VecDeque<HeldOutput>,
+    ready: VecDeque<LeasedOutput>,
     /// For each key with an output that is ready or in flight, the later ones.
-    waiting: HashMap<Key, VecDeque<HeldOutput>>,
+    waiting: HashMap<Key, VecDeque<LeasedOutput>>,
     /// All outputs that are ready, waiting or in flight.
-    held: HashSet<i64>,
+    leased: HashSet<i64>,
     published: HashSet<i64>,
     published_in_order: VecDeque<i64>,
 }
@@ -43,53 +43,57 @@ pub struct KeyQueues {
 impl KeyQueues {
     /// Number of outputs that are ready, waiting or in flight.
     pub fn len(&self) -> usize {
-        self.held.len()
+        self.leased.len()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.held.is_empty()
+        self.leased.is_empty()
     }
 
     /// Takes leased outputs, in order. Returns those that are blocked by an output of another host.
     /// Outputs with the same blocker continue together.
     pub fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) -> Vec<(i64, Unpublished)> {
-        let mut waiting = BTreeMap::new();
+        let mut blocked = BTreeMap::new();
         for row in rows {
-            match row.blocked_by.iter().find(|ahead| !self.is_known(**ahead)) {
+            match row
+                .blocked_by
+                .iter()
+                .find(|blocker| !self.is_known(**blocker))
+            {
                 Some(missing) => {
-                    let before = waiting.get(missing).unwrap_or(missing);
-                    waiting.insert(row.seq, *before);
+                    let blocker = blocked.get(missing).unwrap_or(missing);
+                    blocked.insert(row.seq, *blocker);
                 }
-                None => self.push(HeldOutput { row, since }),
+                None => self.push(LeasedOutput { row, since }),
             }
         }
-        waiting
+        blocked
             .into_iter()
-            .map(|(seq, before)| (seq, Unpublished::BlockedBy(before)))
+            .map(|(seq, blocker)| (seq, Unpublished::BlockedBy(blocker)))
             .collect()
     }
 
     /// Whether an output is ready, waiting or in flight.
     pub fn contains(&self, seq: i64) -> bool {
-        self.held.contains(&seq)
+        self.leased.contains(&seq)
     }
 
     /// Whether this host published an output, or will publish it before later ones of its key.
     fn is_known(&self, seq: i64) -> bool {
-        self.held.contains(&seq) || self.published.contains(&seq)
+        self.leased.contains(&seq) || self.published.contains(&seq)
     }
 
-    fn push(&mut self, held: HeldOutput) {
-        if !self.held.insert(held.row.seq) {
+    fn push(&mut self, output: LeasedOutput) {
+        if !self.leased.insert(output.row.seq) {
             return;
         }
-        match key(&held.row) {
-            None => self.ready.push_back(held),
+        match key(&output.row) {
+            None => self.ready.push_back(output),
             Some(key) => match self.waiting.get_mut(&key) {
-                Some(queue) => queue.push_back(held),
+                Some(queue) => queue.push_back(output),
                 None => {
                     self.waiting.insert(key, VecDeque::new());
-                    self.ready.push_back(held);
+                    self.ready.push_back(output);
                 }
             },
         }
@@ -97,13 +101,13 @@ impl KeyQueues {
 
     /// The next output to send. It is in flight until [`KeyQueues::published`] or
     /// [`KeyQueues::unpublished`].
-    pub fn next(&mut self) -> Option<HeldOutput> {
+    pub fn next(&mut self) -> Option<LeasedOutput> {
         self.ready.pop_front()
     }
 
     /// An output was published: the next one of its key becomes ready.
     pub fn published(&mut self, row: &OutboxRow) {
-        self.held.remove(&row.seq);
+        self.leased.remove(&row.seq);
         let Some(key) = key(row) else { return };
         self.remember_published(row.seq);
         match self.waiting.get_mut(&key).and_then(VecDeque::pop_front) {
@@ -130,19 +134,19 @@ impl KeyQueues {
         self.published.clear();
         self.published_in_order.clear();
         let mut left: Vec<i64> = Vec::new();
-        for held in std::mem::take(&mut self.ready) {
-            left.push(held.row.seq);
-            let blocked = key(&held.row)
+        for output in std::mem::take(&mut self.ready) {
+            left.push(output.row.seq);
+            let blocked = key(&output.row)
                 .and_then(|key| self.waiting.remove(&key))
                 .unwrap_or_default();
-            left.extend(blocked.iter().map(|held| held.row.seq));
+            left.extend(blocked.iter().map(|output| output.row.seq));
         }
         // Outputs blocked by one in flight.
         for queue in self.waiting.values_mut() {
-            left.extend(std::mem::take(queue).iter().map(|held| held.row.seq));
+            left.extend(std::mem::take(queue).iter().map(|output| output.row.seq));
         }
         for seq in &left {
-            self.held.remove(seq);
+            self.leased.remove(seq);
         }
         left
     }
@@ -150,16 +154,16 @@ impl KeyQueues {
     /// An output was not published: it and its blocked outputs are removed. Returns the blocked
     /// ones.
     pub fn unpublished(&mut self, row: &OutboxRow) -> Vec<(i64, Unpublished)> {
-        self.held.remove(&row.seq);
+        self.leased.remove(&row.seq);
         let blocked = key(row)
             .and_then(|key| self.waiting.remove(&key))
             .unwrap_or_default();
-        for held in &blocked {
-            self.held.remove(&held.row.seq);
+        for output in &blocked {
+            self.leased.remove(&output.row.seq);
         }
         blocked
             .into_iter()
-            .map(|held| (held.row.seq, wait_for_output(held.row.seq, row.seq)))
+            .map(|output| (output.row.seq, wait_for_output(output.row.seq, row.seq)))
             .collect()
     }
 }
@@ -178,7 +182,7 @@ pub fn wait_for_output(seq: i64, blocked_by: i64) -> Unpublished {
     }
 }
 
-impl HeldOutput {
+impl LeasedOutput {
     /// Whether its lease leaves no time to send it. Another host may lease it next.
     pub fn is_late(&self, now: Instant) -> bool {
         now.duration_since(self.since) > SEND_TIMEOUT
@@ -199,7 +203,7 @@ mod tests {
 
     use super::*;
 
-    fn row(seq: i64, key: Option<&str>, ahead: &[i64]) -> OutboxRow {
+    fn row(seq: i64, key: Option<&str>, blocked_by: &[i64]) -> OutboxRow {
         OutboxRow {
             seq,
             id: seq.to_string(),
@@ -208,7 +212,7 @@ mod tests {
             headers: Vec::new(),
             body: Bytes::new(),
             ordering_key: key.map(str::to_owned),
-            blocked_by: ahead.to_vec(),
+            blocked_by: blocked_by.to_vec(),
             first_attempt_at: Timestamp::UNIX_EPOCH,
             failures: 0,
         }
@@ -216,7 +220,7 @@ mod tests {
 
     fn ready(key_queues: &mut KeyQueues) -> Vec<OutboxRow> {
         std::iter::from_fn(|| key_queues.next())
-            .map(|held| held.row)
+            .map(|output| output.row)
             .collect()
     }
 

@@ -3,7 +3,7 @@
 //! Usually committed outputs come from memory. The poller finds outputs that a crash, an outage or
 //! a delay left in the outbox. It selects rows that are due and unpublished, so there is no cursor
 //! that could skip a row. Rows are leased in the database, so that two hosts do not publish the
-//! same row. A row counts as published only after the ack of the broker.
+//! same row. A row counts as published only after the ack of the stream.
 //!
 //! One loop runs publishes, database writes and polls concurrently, with one output of each key in
 //! flight.
@@ -40,7 +40,7 @@ mod wal;
 
 use breakers::Breakers;
 use duplicates::Duplicates;
-use key_queues::{HeldOutput, KeyQueues};
+use key_queues::{KeyQueues, LeasedOutput};
 use poller::OutputBatch;
 use recorder::Recorder;
 pub use repair::Repair;
@@ -72,7 +72,7 @@ const POLL_INTERVAL_MIN: Duration = Duration::from_millis(20);
 /// without the check.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often it polls the result of that check.
+/// Interval at which the result of that check is polled.
 const REPAIR_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Maximum age of the list of streams that maps outputs to streams, normally and after an unknown
@@ -80,8 +80,9 @@ const REPAIR_POLL_INTERVAL: Duration = Duration::from_millis(5);
 const STREAMS_MAX_AGE: Duration = Duration::from_secs(10);
 const STREAMS_MAX_AGE_ON_MISS: Duration = Duration::from_secs(1);
 
-/// Delay before held outputs are tried again. They wait until database and broker agree.
-const HOLD_RETRY_DELAY: Duration = Duration::from_secs(5);
+/// Delay before outputs are tried again while the relay is suspended, because database and NATS
+/// disagree.
+const SUSPENDED_RETRY_DELAY: Duration = Duration::from_secs(5);
 
 /// Delay after the first failure of an output. It doubles with each further failure.
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(250);
@@ -94,13 +95,13 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(15);
 pub struct RelayHandle {
     store: Arc<dyn Store>,
     state: Arc<RelayState>,
-    sender: mpsc::Sender<LeasedOutputs>,
+    sender: mpsc::Sender<HandedOverOutputs>,
     /// False while the WAL reader is far behind.
     accepting: watch::Receiver<bool>,
 }
 
-/// Outputs that this host committed. Their leases began at `since` or later.
-struct LeasedOutputs {
+/// Outputs that lanes of this host committed. Their leases began at `since` or later.
+struct HandedOverOutputs {
     rows: Vec<OutboxRow>,
     /// Outputs that are already on their streams.
     already_published: Vec<Published>,
@@ -118,7 +119,7 @@ impl RelayHandle {
         match recovered::split(&*self.store, &self.state, rows).await {
             Ok((rows, already_published)) => drop(
                 self.sender
-                    .send(LeasedOutputs {
+                    .send(HandedOverOutputs {
                         rows,
                         already_published,
                         since,
@@ -140,7 +141,7 @@ pub struct Relay {
     bus: Bus,
     metrics: Arc<Metrics>,
     state: Arc<RelayState>,
-    handed_over: mpsc::Receiver<LeasedOutputs>,
+    handed_over: mpsc::Receiver<HandedOverOutputs>,
     from_wal: mpsc::Receiver<WalOutputs>,
     key_queues: KeyQueues,
     recorder: Recorder,
@@ -164,16 +165,16 @@ pub struct Relay {
 }
 
 /// An output with the result of its publish.
-struct SettledPublish {
-    held: HeldOutput,
+struct FinishedPublish {
+    output: LeasedOutput,
     /// Name of its stream, if known.
     stream: Option<String>,
     /// The highest sequence of that stream at the time of sending.
     highest_sequence: u64,
-    answer: PublishResult,
+    result: PublishResult,
 }
 
-type InFlightPublishes = FuturesUnordered<BoxFuture<'static, SettledPublish>>;
+type InFlightPublishes = FuturesUnordered<BoxFuture<'static, FinishedPublish>>;
 
 impl Relay {
     /// Creates the relay, its handle for lanes, and the channels of the WAL reader.
@@ -243,7 +244,7 @@ impl Relay {
                 .has_unwritten
                 .store(!self.recorder.is_empty(), Ordering::Relaxed);
 
-            // End when everything is settled.
+            // End when everything is recorded.
             if has_lanes_closed
                 && has_reader_closed
                 && self.key_queues.is_empty()
@@ -259,10 +260,10 @@ impl Relay {
             let may_poll = polling.is_none() && !stopping.is_stopping();
             // Not biased, so that no branch blocks another.
             tokio::select! {
-                Some(settled) = in_flight.next(), if !in_flight.is_empty() => {
-                    self.on_answer(settled);
-                    while let Some(Some(settled)) = in_flight.next().now_or_never() {
-                        self.on_answer(settled);
+                Some(publish) = in_flight.next(), if !in_flight.is_empty() => {
+                    self.on_publish_result(publish);
+                    while let Some(Some(publish)) = in_flight.next().now_or_never() {
+                        self.on_publish_result(publish);
                     }
                 }
                 () = self.recorder.written(), if self.recorder.is_writing() => {
@@ -271,7 +272,7 @@ impl Relay {
                     }
                 }
                 leased = self.handed_over.recv(), if !has_lanes_closed && self.key_queues.len() < OUTPUTS_MAX => match leased {
-                    Some(LeasedOutputs { rows, already_published, since }) => {
+                    Some(HandedOverOutputs { rows, already_published, since }) => {
                         self.take_published(already_published);
                         self.take(rows, since);
                     }
@@ -285,7 +286,7 @@ impl Relay {
                     let is_full = self.take_polled(polled);
                     poll_at = Instant::now()
                         + match is_full {
-                            _ if self.state.is_holding() => HOLD_RETRY_DELAY,
+                            _ if self.state.is_suspended() => SUSPENDED_RETRY_DELAY,
                             true => Duration::ZERO,
                             false => POLL_INTERVAL,
                         };
@@ -315,10 +316,10 @@ impl Relay {
 
     /// Records outputs that are already on their streams.
     fn take_published(&mut self, already_published: Vec<Published>) {
-        for place in already_published {
-            self.key_queues.remember_published(place.seq);
+        for published in already_published {
+            self.key_queues.remember_published(published.seq);
             self.has_waiters = true;
-            self.recorder.published(place);
+            self.recorder.published(published);
         }
     }
 
@@ -337,8 +338,8 @@ impl Relay {
             }
             let blocked_by = self.recorder.track(row.seq, key_queues::key(&row));
             match (action, blocked_by) {
-                (WalAction::Published(place), _) => self.recorder.published(place),
-                (WalAction::Poll(how), _) => self.recorder.unpublished([(row.seq, how)]),
+                (WalAction::Published(published), _) => self.recorder.published(published),
+                (WalAction::Poll(outcome), _) => self.recorder.unpublished([(row.seq, outcome)]),
                 (WalAction::Publish, Some(before)) => {
                     self.recorder
                         .unpublished([(row.seq, key_queues::wait_for_output(row.seq, before))]);
@@ -395,32 +396,32 @@ impl Relay {
         self.apply_order_change();
         while in_flight.len() < IN_FLIGHT_MAX
             && let Some(leased_since) = self.state.lease_since(Instant::now())
-            && let Some(held) = self.key_queues.next()
+            && let Some(output) = self.key_queues.next()
         {
             let now = Instant::now();
-            if held.since < leased_since {
+            if output.since < leased_since {
                 // The lease of this host expired in the meantime. Another host may have the output.
                 // If not, the next poll finds it.
-                self.release(&held.row, retry_now());
+                self.release(&output.row, retry_now());
                 continue;
             }
-            if held.is_late(now) {
+            if output.is_late(now) {
                 // Its lease is about to expire. Later outputs of its key wait for the next host
                 // that leases it.
                 self.recorder
-                    .unpublished(self.key_queues.unpublished(&held.row));
-                if self.recorder.is_from_wal(held.row.seq) {
-                    self.recorder.unpublished([(held.row.seq, retry_now())]);
+                    .unpublished(self.key_queues.unpublished(&output.row));
+                if self.recorder.is_from_wal(output.row.seq) {
+                    self.recorder.unpublished([(output.row.seq, retry_now())]);
                 }
                 continue;
             }
 
-            // Hold it while database and broker disagree.
-            if self.state.is_held(&held.row.subject) {
+            // Wait while the database and NATS disagree.
+            if self.state.is_suspended_for(&output.row.subject) {
                 self.release(
-                    &held.row,
+                    &output.row,
                     Unpublished::Later {
-                        after: HOLD_RETRY_DELAY,
+                        after: SUSPENDED_RETRY_DELAY,
                         error: None,
                     },
                 );
@@ -428,11 +429,11 @@ impl Relay {
             }
 
             // Respect the breakers.
-            let stream = stream_for_subject(&self.streams, &held.row.subject)
+            let stream = stream_for_subject(&self.streams, &output.row.subject)
                 .map(|stream| stream.name.clone());
             self.has_unknown_stream |= stream.is_none();
-            if let Some(after) = self.delay(&held.row.subject, stream.as_deref(), now) {
-                self.release(&held.row, Unpublished::Later { after, error: None });
+            if let Some(after) = self.delay(&output.row.subject, stream.as_deref(), now) {
+                self.release(&output.row, Unpublished::Later { after, error: None });
                 continue;
             }
 
@@ -446,22 +447,22 @@ impl Relay {
                 .and_then(|stream| self.highest_sequences.get(stream))
                 .copied()
                 .unwrap_or_default();
-            let answer = self.bus.begin_publish(outgoing(&held.row), connection);
+            let ack = self.bus.begin_publish(outgoing(&output.row), connection);
             let duplicates = self.duplicates.clone();
             let span = tracing::debug_span!(
                 "publish",
-                worker = held.row.worker,
-                output = held.row.id,
-                subject = held.row.subject,
+                worker = output.row.worker,
+                output = output.row.id,
+                subject = output.row.subject,
                 stream,
             );
             let publish = async move {
-                let answer = duplicates.confirm(&held.row, answer.await).await;
-                SettledPublish {
-                    held,
+                let result = duplicates.confirm(&output.row, ack.await).await;
+                FinishedPublish {
+                    output,
                     stream,
                     highest_sequence,
-                    answer,
+                    result,
                 }
             };
             in_flight.push(Box::pin(publish.instrument(span)));
@@ -478,34 +479,34 @@ impl Relay {
             return Some(after);
         }
         let after = self.breakers.delay(stream, now)?;
-        self.subjects.undecided(subject, now);
+        self.subjects.inconclusive(subject, now);
         Some(after)
     }
 
     /// Handles the result of a publish. A failure counts against its most specific cause: the
     /// output, its subject, its stream or the connection.
-    fn on_answer(&mut self, settled: SettledPublish) {
-        let SettledPublish {
-            held: HeldOutput { row, .. },
+    fn on_publish_result(&mut self, publish: FinishedPublish) {
+        let FinishedPublish {
+            output: LeasedOutput { row, .. },
             stream,
             highest_sequence,
-            answer,
-        } = settled;
+            result,
+        } = publish;
         let now = Instant::now();
-        let error = match answer {
-            Ok(place) => return self.published(&row, place, highest_sequence),
+        let error = match result {
+            Ok(ack) => return self.published(&row, ack, highest_sequence),
             Err(error) => error,
         };
         let after = retry_after(row.failures);
         match error {
             PublishError::Refused(reason) => {
-                self.breakers.undecided(stream.as_deref());
-                self.subjects.undecided(&row.subject, now);
+                self.breakers.inconclusive(stream.as_deref());
+                self.subjects.inconclusive(&row.subject, now);
                 self.park(&row, reason);
             }
             PublishError::RetryLater(why) | PublishError::NoConnection(why) => {
-                self.breakers.undecided(stream.as_deref());
-                self.subjects.undecided(&row.subject, now);
+                self.breakers.inconclusive(stream.as_deref());
+                self.subjects.inconclusive(&row.subject, now);
                 self.retry_later(&row, after, why);
             }
             PublishError::Unroutable(why) => {
@@ -516,17 +517,17 @@ impl Relay {
             }
             PublishError::Unavailable(why) => {
                 self.breakers.failed(stream.as_deref(), &why);
-                self.subjects.undecided(&row.subject, now);
+                self.subjects.inconclusive(&row.subject, now);
                 // Other outputs probe the stream before this one is retried, because this output
                 // may be the cause.
                 let others = self.breakers.open_for(stream.as_deref(), now).mul_f64(1.5);
                 self.retry_later(&row, after.max(others), why);
             }
             PublishError::IdTaken(why) => {
-                self.breakers.undecided(stream.as_deref());
-                self.subjects.undecided(&row.subject, now);
-                let how = duplicates::retry_with_next_id(&row, why, &self.metrics);
-                self.release(&row, how);
+                self.breakers.inconclusive(stream.as_deref());
+                self.subjects.inconclusive(&row.subject, now);
+                let outcome = duplicates::retry_with_next_id(&row, why, &self.metrics);
+                self.release(&row, outcome);
             }
         }
     }
@@ -540,7 +541,7 @@ impl Relay {
         reason: Refusal,
         why: String,
     ) {
-        self.breakers.undecided(stream);
+        self.breakers.inconclusive(stream);
         if self
             .subjects
             .refused(&row.subject, reason, &why, Instant::now())
@@ -575,31 +576,31 @@ impl Relay {
         self.release(row, Unpublished::Parked { reason });
     }
 
-    fn published(&mut self, row: &OutboxRow, place: PublishAck, highest_sequence: u64) {
-        self.breakers.succeeded(&place.stream);
+    fn published(&mut self, row: &OutboxRow, ack: PublishAck, highest_sequence: u64) {
+        self.breakers.succeeded(&ack.stream);
         self.subjects.succeeded(&row.subject);
         self.state.published.fetch_add(1, Ordering::Relaxed);
-        if place.duplicate {
+        if ack.duplicate {
             fault::witness(fault::DUPLICATE_OUTPUT);
             self.metrics.output(&row.worker, OutputOutcome::Duplicate);
         } else {
             self.metrics.output(&row.worker, OutputOutcome::Published);
-            if place.sequence <= highest_sequence {
-                self.state.add_suspect(&place.stream);
-                self.highest_sequences.remove(&place.stream);
+            if ack.sequence <= highest_sequence {
+                self.state.add_suspect(&ack.stream);
+                self.highest_sequences.remove(&ack.stream);
             }
             let highest = self
                 .highest_sequences
-                .entry(place.stream.clone())
+                .entry(ack.stream.clone())
                 .or_default();
-            *highest = place.sequence.max(*highest);
+            *highest = ack.sequence.max(*highest);
         }
         self.has_waiters |= row.failures > 0 || self.may_block_key(row);
         self.key_queues.published(row);
         self.recorder.published(Published {
             seq: row.seq,
-            stream: place.stream,
-            stream_sequence: place.sequence,
+            stream: ack.stream,
+            stream_sequence: ack.sequence,
         });
     }
 
@@ -616,9 +617,9 @@ impl Relay {
     }
 
     /// Releases an unpublished output, together with later ones of its key.
-    fn release(&mut self, row: &OutboxRow, how: Unpublished) {
+    fn release(&mut self, row: &OutboxRow, outcome: Unpublished) {
         let blocked = self.key_queues.unpublished(row);
-        self.recorder.unpublished([(row.seq, how)]);
+        self.recorder.unpublished([(row.seq, outcome)]);
         self.recorder.unpublished(blocked);
     }
 
@@ -629,10 +630,10 @@ impl Relay {
 
     /// Starts a poll, if there is capacity, a connection and a valid lease.
     fn begin_poll(&mut self) -> Option<BoxFuture<'static, Result<OutputBatch, StoreError>>> {
-        let room = OUTPUTS_MAX
+        let capacity = OUTPUTS_MAX
             .saturating_sub(self.key_queues.len())
             .min(POLL_BATCH_MAX);
-        if room == 0 || !self.bus.can_publish() || !self.has_lease() {
+        if capacity == 0 || !self.bus.can_publish() || !self.has_lease() {
             return None;
         }
         let (store, bus, metrics) = (
@@ -653,7 +654,7 @@ impl Relay {
                 bus,
                 metrics,
                 state,
-                room as u32,
+                capacity as u32,
                 streams_max_age,
             ))
             .await;
@@ -701,7 +702,7 @@ fn retry_now() -> Unpublished {
     }
 }
 
-/// Delay after one more failure. The upper half is random.
+/// Delay after one more failure. Uniform between half of the delay and all of it.
 fn retry_after(failures: u32) -> Duration {
     let most = RETRY_DELAY_MIN
         .saturating_mul(2_u32.saturating_pow(failures))

@@ -87,7 +87,10 @@ impl OutputBatch {
         }
         for (stream, rows) in by_stream {
             match look_up(bus, &stream, &rows).await {
-                Ok(places) => self.sort_found(bus, &stream, rows, &places, metrics).await,
+                Ok(sequences) => {
+                    self.sort_found(bus, &stream, rows, &sequences, metrics)
+                        .await
+                }
                 Err(error) => self.retry_unchecked(&stream, &rows, &error, metrics),
             }
         }
@@ -101,16 +104,16 @@ impl OutputBatch {
         bus: &Bus,
         stream: &str,
         rows: Vec<OutboxRow>,
-        places: &HashMap<String, u64>,
+        sequences: &HashMap<String, u64>,
         metrics: &Metrics,
     ) {
         let (found, missing): (Vec<_>, Vec<_>) = rows
             .into_iter()
-            .map(|row| (places.get(&row.id).copied(), row))
-            .partition(|(place, _)| place.is_some());
+            .map(|row| (sequences.get(&row.id).copied(), row))
+            .partition(|(sequence, _)| sequence.is_some());
         self.rows.extend(missing.into_iter().map(|(_, row)| row));
-        let compared = futures::stream::iter(found).map(|(place, row)| async move {
-            let sequence = place.unwrap_or_default();
+        let compared = futures::stream::iter(found).map(|(sequence, row)| async move {
+            let sequence = sequence.unwrap_or_default();
             let is_stored = duplicates::is_stored(bus, &row, stream, sequence).await;
             (row, sequence, is_stored)
         });
@@ -122,12 +125,12 @@ impl OutputBatch {
             match is_stored {
                 Ok(true) => {
                     metrics.output(&row.worker, OutputOutcome::AlreadyStored);
-                    let place = Published {
+                    let published = Published {
                         seq: row.seq,
                         stream: stream.to_owned(),
                         stream_sequence: sequence,
                     };
-                    self.already_published.push(place);
+                    self.already_published.push(published);
                 }
                 Ok(false) => {
                     let why = duplicates::id_taken_message(stream, sequence);

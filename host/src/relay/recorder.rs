@@ -55,20 +55,20 @@ impl Recorder {
     }
 
     /// Adds a published output.
-    pub fn published(&mut self, place: Published) {
-        match self.wal.keys.remove(&place.seq) {
+    pub fn published(&mut self, published: Published) {
+        match self.wal.keys.remove(&published.seq) {
             // Without a reader the outcome is lost, and the next reader receives the output again.
-            Some(_) => drop(self.wal.outcomes.send(WalOutcome::Published(place))),
-            None => self.published.push(place),
+            Some(_) => drop(self.wal.outcomes.send(WalOutcome::Published(published))),
+            None => self.published.push(published),
         }
     }
 
     /// Adds outputs that were not published.
     pub fn unpublished(&mut self, rows: impl IntoIterator<Item = (i64, Unpublished)>) {
-        for (seq, how) in rows {
+        for (seq, outcome) in rows {
             match self.wal.keys.remove(&seq) {
-                Some(key) => self.wal.unpublished(seq, key, how),
-                None => self.unpublished.push((seq, how)),
+                Some(key) => self.wal.unpublished(seq, key, outcome),
+                None => self.unpublished.push((seq, outcome)),
             }
         }
     }
@@ -134,11 +134,11 @@ impl Recorder {
 }
 
 impl WalRecorder {
-    fn unpublished(&mut self, seq: i64, key: Option<Key>, how: Unpublished) {
+    fn unpublished(&mut self, seq: i64, key: Option<Key>, outcome: Unpublished) {
         self.unpublished += 1;
         if let Some(key) = key {
             // All outputs with the same blocker continue together.
-            let first = if let Unpublished::BlockedBy(first) = how {
+            let first = if let Unpublished::BlockedBy(first) = outcome {
                 first
             } else {
                 seq
@@ -147,7 +147,7 @@ impl WalRecorder {
         }
         drop(self.outcomes.send(WalOutcome::Poll {
             seq,
-            how,
+            outcome,
             number: self.unpublished,
         }));
     }
@@ -198,10 +198,10 @@ where
 /// Logs each distinct error once, with the number of its outputs.
 pub fn log_errors(unpublished: &[(i64, Unpublished)]) {
     let mut errors: BTreeMap<&str, u64> = BTreeMap::new();
-    for (_, how) in unpublished {
+    for (_, outcome) in unpublished {
         if let Unpublished::Later {
             error: Some(error), ..
-        } = how
+        } = outcome
         {
             *errors.entry(error).or_default() += 1;
         }

@@ -37,7 +37,7 @@ const RECORDER_POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// The range of the regular check. Earlier checks have covered older outputs.
 const LOOK_BACK: Duration = Duration::from_secs(60);
 
-/// Maximum clock difference between the database and the broker.
+/// Maximum clock difference between the database and NATS.
 const CLOCK_SKEW_MAX: SignedDuration = SignedDuration::from_mins(2);
 
 /// Number of concurrent reads.

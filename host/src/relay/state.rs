@@ -56,8 +56,8 @@ pub struct RelayState {
     pub(super) is_reading: AtomicBool,
     pub(super) is_recording: AtomicBool,
     lease: Mutex<Option<Lease>>,
-    /// Whether only alarms are sent, because database and broker disagree.
-    held: AtomicBool,
+    /// Whether only alarms are sent, because the database and NATS disagree.
+    suspended: AtomicBool,
     /// Whether a recovery found outputs on their streams, which must not be sent again.
     recovered: AtomicBool,
     /// Number of outputs that this host has published.
@@ -156,19 +156,19 @@ impl RelayState {
     }
 
     /// Makes the relay send only alarms, or all outputs again.
-    pub fn set_held(&self, is_held: bool) {
-        self.held.store(is_held, Ordering::SeqCst);
+    pub fn set_suspended(&self, is_suspended: bool) {
+        self.suspended.store(is_suspended, Ordering::SeqCst);
     }
 
     /// Whether only alarms are sent.
-    pub(super) fn is_holding(&self) -> bool {
-        self.held.load(Ordering::SeqCst)
+    pub(super) fn is_suspended(&self) -> bool {
+        self.suspended.load(Ordering::SeqCst)
     }
 
-    /// Whether an output has to wait until database and broker agree. Alarms do not wait, because
+    /// Whether an output has to wait until the database and NATS agree. Alarms do not wait, because
     /// they report the disagreement.
-    pub(super) fn is_held(&self, subject: &str) -> bool {
-        self.is_holding() && !subject.starts_with("oncely.alarm.")
+    pub(super) fn is_suspended_for(&self, subject: &str) -> bool {
+        self.is_suspended() && !subject.starts_with("oncely.alarm.")
     }
 
     /// Makes the relay check each output against those that a recovery found, or stops that.

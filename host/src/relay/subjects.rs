@@ -112,8 +112,9 @@ impl SubjectBreakers {
         }
     }
 
-    /// An output failed for a reason unrelated to its subject.
-    pub fn undecided(&mut self, subject: &str, now: Instant) {
+    /// The outcome says nothing about the subject: the output failed for another reason, or was not
+    /// sent.
+    pub fn inconclusive(&mut self, subject: &str, now: Instant) {
         if let Some(refusals) = self.refused.get_mut(subject) {
             refusals.breaker.inconclusive(now);
         }
@@ -175,7 +176,7 @@ mod tests {
             "two probes at the same time"
         );
         // A failure of the stream is unrelated to the subject.
-        subjects.undecided("out.full", now);
+        subjects.inconclusive("out.full", now);
         assert_eq!(subjects.delay("out.full", now), None);
     }
 

@@ -1,4 +1,4 @@
-//! Compares database and broker.
+//! Compares the database and NATS.
 //!
 //! A database restored to an earlier time lacks messages that workers acknowledged since. A
 //! restored stream lacks messages that the database has handled. Either would silently lose or
@@ -29,7 +29,7 @@ use crate::model::subject;
 use crate::model::units;
 use crate::store::{AckFloor, BrokerState, StreamEnd, Watermark, Watermarks};
 
-/// How often database and broker are compared.
+/// Interval at which the database and NATS are compared.
 pub(super) const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How many of the newest acknowledged messages of a worker are checked against the inbox, and how
@@ -40,10 +40,10 @@ const CHECK_CONCURRENCY: usize = 8;
 /// The reason that the workers and the relay of a host are held.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Hold {
-    /// Database and broker disagree; the reasons are for people.
+    /// The database and NATS disagree; the reasons are for people.
     Restored(Vec<String>),
     /// Another installation has taken over.
-    TakenOver(String),
+    TakenOver(OtherInstallation),
 }
 
 impl std::fmt::Display for Hold {
@@ -51,11 +51,16 @@ impl std::fmt::Display for Hold {
         match self {
             Hold::Restored(why) => write!(
                 f,
-                "database and broker disagree, so workers and relay are held: {}; \
+                "the database and NATS disagree, so workers and relay are held: {}; \
                  see `oncely recover --dry-run`",
                 why.join("; ")
             ),
-            Hold::TakenOver(why) => write!(f, "workers and relay are held: {why}"),
+            Hold::TakenOver(other) => write!(
+                f,
+                "workers and relay are held: {other}; \
+                 return it to this installation with: oncely run --take-over {}",
+                other.owner_id
+            ),
         }
     }
 }
@@ -64,7 +69,7 @@ impl std::fmt::Display for Hold {
 pub(super) struct Comparison {
     pub hold: Option<Hold>,
     pub seen: BrokerState,
-    /// The sequence of the last watermark on the broker, 0 for none.
+    /// The sequence of the last watermark on NATS, 0 for none.
     pub last_sequence: u64,
     pub watermarks: Watermarks,
 }
@@ -73,14 +78,14 @@ pub(super) struct Comparison {
 #[derive(Default)]
 pub(super) struct LastWatermark(Option<(BrokerState, u64)>);
 
-/// The broker did not answer about a consumer or a stream; the reason is logged.
-struct Unanswered;
+/// NATS did not respond about a consumer or a stream; the reason is logged.
+struct NoResponse;
 
 /// A worker, its stream, and the ack floor of its consumer; none when there is no consumer.
 type ProbedConsumer<'w> = (
     &'w Worker,
     &'w String,
-    Result<Option<ConsumerAckFloor>, Unanswered>,
+    Result<Option<ConsumerAckFloor>, NoResponse>,
 );
 
 impl Host {
@@ -92,11 +97,11 @@ impl Host {
             .clone()
     }
 
-    /// Compares database and broker.
+    /// Compares the database and NATS.
     pub(super) async fn compare(&self) -> Result<Comparison> {
         // Check the owner of the streams.
         if let Some(other) = self.other_installation().await? {
-            let hold = Some(Hold::TakenOver(other.to_string()));
+            let hold = Some(Hold::TakenOver(other));
             return Ok(Comparison {
                 hold,
                 seen: BrokerState::default(),
@@ -105,8 +110,7 @@ impl Host {
             });
         }
 
-        // Compare the watermarks, the broker's first: it is written to the database before the
-        // broker.
+        // Compare the watermarks. That on NATS is read first, because it is written last.
         let stored = self.last_watermark().await?;
         let name = stored.as_ref().and_then(|stored| {
             self.services
@@ -119,13 +123,14 @@ impl Host {
             .relay_state
             .set_check_recovered(watermarks.has_recovered);
         let mut why = Vec::new();
-        if name.is_some() && watermarks.known.is_none() {
+        if name.is_some() && watermarks.requested_written_at.is_none() {
             why.push(
-                "the database is older than the broker: it lacks the broker's last watermark"
+                "the database was restored to an earlier time than NATS: \
+                 it lacks the last watermark of NATS"
                     .to_owned(),
             );
         }
-        why.extend(self.older_broker(&watermarks, stored.as_ref()).await?);
+        why.extend(self.older_nats(&watermarks, stored.as_ref()).await?);
         if !why.is_empty() {
             // Held at once: the other checks are slow.
             self.set_hold(Some(Hold::Restored(why.clone()))).await;
@@ -173,7 +178,7 @@ impl Host {
             .map_or(Err(error), |other| Ok(Some(other)))
     }
 
-    /// The last watermark on the broker.
+    /// The last watermark on NATS.
     pub(super) async fn last_watermark(&self) -> Result<Option<StoredWatermark>> {
         self.services
             .bus
@@ -181,11 +186,11 @@ impl Host {
             .await
     }
 
-    /// The reason if the broker lost more watermarks than the outbox can repair.
+    /// The reason if NATS lost more watermarks than the outbox can repair.
     ///
     /// A power cut may lose the last minutes of streams. These outputs are still in the outbox and
     /// are published again.
-    async fn older_broker(
+    async fn older_nats(
         &self,
         watermarks: &Watermarks,
         stored: Option<&StoredWatermark>,
@@ -204,11 +209,11 @@ impl Host {
         }
         let why = |text: String| {
             Ok(Some(format!(
-                "the broker is older than the database, or another one: {text}"
+                "NATS was restored to an earlier time than the database, or is another one: {text}"
             )))
         };
 
-        // The loss: from the last watermark that the broker still has.
+        // The loss: from the last watermark that NATS still has.
         let Some(stored) = stored else {
             return why("it has no watermark".to_owned());
         };
@@ -220,7 +225,8 @@ impl Host {
         else {
             return Ok(None);
         };
-        let Some(lost_since) = self.services.store.watermarks(Some(name)).await?.known else {
+        let watermarks = self.services.store.watermarks(Some(name)).await?;
+        let Some(lost_since) = watermarks.requested_written_at else {
             return Ok(None);
         };
         let lost = written_at.duration_since(lost_since).unsigned_abs();
@@ -228,14 +234,14 @@ impl Host {
             return Ok(None);
         }
         why(format!(
-            "it has lost the messages of {}",
+            "it lost the last {} of messages",
             units::format_duration(Duration::from_secs(lost.as_secs()))
         ))
     }
 
     /// Reads the positions of consumers and streams for the next watermark.
     ///
-    /// Where the broker does not answer, the entry of the watermark `before` is kept.
+    /// Where NATS does not respond, the entry of the watermark `before` is kept.
     pub(super) async fn read_positions(
         &self,
         workers: &[Worker],
@@ -248,7 +254,7 @@ impl Host {
         for (name, end) in &ends {
             let end = match end {
                 Ok(end) => end.clone(),
-                Err(Unanswered) => before.and_then(|before| before.seen.streams.get(name).cloned()),
+                Err(NoResponse) => before.and_then(|before| before.seen.streams.get(name).cloned()),
             };
             seen.streams.extend(end.map(|end| (name.clone(), end)));
         }
@@ -269,7 +275,7 @@ impl Host {
                         skipped_up_to,
                     })
                 }
-                Err(Unanswered) => previous.cloned(),
+                Err(NoResponse) => previous.cloned(),
             };
             seen.consumers
                 .extend(floor.map(|floor| (worker.name.clone(), floor)));
@@ -294,7 +300,7 @@ impl Host {
                     error = format!("{error:#}"),
                     "consumer not readable"
                 );
-                Unanswered
+                NoResponse
             });
             probed.push((worker, stream, acknowledged));
         }
@@ -305,7 +311,7 @@ impl Host {
     async fn stream_ends(
         &self,
         workers: &[Worker],
-    ) -> BTreeMap<String, Result<Option<StreamEnd>, Unanswered>> {
+    ) -> BTreeMap<String, Result<Option<StreamEnd>, NoResponse>> {
         let mut ends = BTreeMap::new();
         for name in workers.iter().filter_map(|worker| worker.stream.as_ref()) {
             if ends.contains_key(name) {
@@ -317,7 +323,7 @@ impl Host {
                     error = format!("{error:#}"),
                     "stream not readable"
                 );
-                Unanswered
+                NoResponse
             });
             ends.insert(name.clone(), end);
         }
@@ -352,7 +358,7 @@ impl Host {
         let now = now.filter(|now| now.created == before.created)?;
         if now.last_sequence < before.last_sequence {
             return Some(format!(
-                "the stream {name} is older than the database: \
+                "the stream {name} was restored to an earlier time than the database: \
                  it ends at {}, but ended at {} before",
                 now.last_sequence, before.last_sequence
             ));
@@ -435,14 +441,14 @@ impl Host {
             .find(|(_, event_id)| !known.contains(event_id));
         Ok(unknown.map(|(sequence, _)| {
             format!(
-                "the database is older than the broker: \
+                "the database was restored to an earlier time than NATS: \
                  worker {} has acknowledged message {sequence} of {}, but the inbox lacks it",
                 worker.name, floor.stream
             )
         }))
     }
 
-    /// Writes a watermark to the database and then to the broker. False when another host wrote one
+    /// Writes a watermark to the database and then to NATS. False when another host wrote one
     /// first.
     pub(super) async fn write_watermark(
         &self,
@@ -476,14 +482,14 @@ impl Host {
             &mut *self.hold.lock().unwrap_or_else(PoisonError::into_inner),
             hold.clone(),
         );
-        self.services.relay_state.set_held(hold.is_some());
+        self.services.relay_state.set_suspended(hold.is_some());
         match (&before, &hold) {
             (None, Some(hold)) => {
                 tracing::error!(reason = %hold, "workers and relay held");
                 self.drain_message_workers().await;
             }
             (Some(_), None) => {
-                tracing::info!("database and broker agree, workers and relay resumed");
+                tracing::info!("the database and NATS agree, workers and relay resumed");
                 self.notify_deployed();
             }
             _ => {}
@@ -529,7 +535,7 @@ pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
                 if host.services.bus.is_connected() && trouble.is_new(&why) {
                     tracing::warn!(
                         error = why,
-                        "failed to compare database and broker, retrying"
+                        "failed to compare the database and NATS, retrying"
                     );
                 }
             }

@@ -1,4 +1,4 @@
-//! Deploying: checks the component against manifest and broker, shows the plan, creates an
+//! Deploying: checks the component against manifest and streams, shows the plan, creates an
 //! immutable deployment.
 
 use std::collections::BTreeMap;
@@ -240,7 +240,7 @@ async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> 
                 .is_none()
         {
             return Err(anyhow!(
-                "no stream holds the output `{output}` of worker {}, \
+                "no stream accepts the output `{output}` of worker {}, \
                  so its messages cannot be stored",
                 worker.name
             ))
@@ -300,7 +300,7 @@ async fn check_source(
             .any(|pattern| subject::covers(pattern, wanted))
         {
             bail!(
-                "worker {} subscribes to `{wanted}`, but its stream `{}` holds only {}",
+                "worker {} subscribes to `{wanted}`, but its stream `{}` accepts only {}",
                 worker.name,
                 stream,
                 quoted(&source)
@@ -459,11 +459,11 @@ mod tests {
             non_default_settings(&worker, &description).unwrap()
         };
         let worker = "[[worker]]\nname = \"a\"\ncomponent = \"a.wasm\"\n";
-        let taking = settings(&format!(
+        let consuming = settings(&format!(
             "{worker}stream = \"S\"\noutputs = [\"o.>\"]\nbatch = 7\n[worker.limits]\ntime = \"3s\""
         ));
         assert_eq!(
-            taking,
+            consuming,
             [
                 "+ batch: 7",
                 "+ component: d1",
@@ -473,9 +473,9 @@ mod tests {
             ]
         );
         let route = "[[worker.route]]\npath = \"/a\"\nmethods = [\"POST\"]\nwindow = \"48h\"\n";
-        let answering = settings(&format!("{worker}{route}"));
+        let http = settings(&format!("{worker}{route}"));
         assert_eq!(
-            answering,
+            http,
             [
                 "+ component: d1",
                 "+ routes: POST /a",

@@ -38,7 +38,7 @@ const COMMIT_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long one round waits for the commit probe before the other checks run.
 const COMMIT_PROBE_WAIT: Duration = Duration::from_secs(1);
 
-/// How long the broker may take to answer one check.
+/// How long NATS may take to respond to one check.
 const BROKER_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// How many consumers are inspected concurrently.
@@ -47,7 +47,7 @@ const PROBE_CONCURRENCY: usize = 16;
 /// How long the database may fail before an alarm is raised.
 const ALARM_AFTER: Duration = Duration::from_secs(2);
 
-/// How often the start retries to create its own streams.
+/// Delay before the start tries again to create its own streams.
 const STREAM_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// The workers that a host runs, as the host reports them.
@@ -172,7 +172,7 @@ impl Host {
         Ok(())
     }
 
-    /// Records the state of the workers' consumers. A late or failed answer changes nothing.
+    /// Records the state of the workers' consumers. A late or failed response changes nothing.
     async fn check_consumers(&self) {
         // Probe the consumers without the lock of the workers.
         let probes: Vec<(String, u32, Probe)> = {
@@ -188,20 +188,20 @@ impl Host {
             running.collect()
         };
         let checks = probes.into_iter().map(|(name, version, probe)| async move {
-            let standing = tokio::time::timeout(BROKER_TIMEOUT, probe.consumer_state()).await;
-            (name, version, standing)
+            let consumer_state = tokio::time::timeout(BROKER_TIMEOUT, probe.consumer_state()).await;
+            (name, version, consumer_state)
         });
-        let standings: Vec<_> = futures::stream::iter(checks)
+        let consumer_states: Vec<_> = futures::stream::iter(checks)
             .buffer_unordered(PROBE_CONCURRENCY)
             .collect()
             .await;
         let mut workers = self.workers.lock().await;
-        for (name, version, standing) in standings {
+        for (name, version, consumer_state) in consumer_states {
             let Some(slot) = workers.get_mut(&name) else {
                 continue;
             };
-            let standing = match standing {
-                Ok(Ok(standing)) => standing,
+            let consumer_state = match consumer_state {
+                Ok(Ok(consumer_state)) => consumer_state,
                 Ok(Err(error)) => {
                     tracing::debug!(
                         worker = name,
@@ -219,13 +219,13 @@ impl Host {
             {
                 continue;
             }
-            if standing != slot.standing {
-                match &standing {
+            if consumer_state != slot.consumer_state {
+                match &consumer_state {
                     ConsumerState::Active => {
                         tracing::info!(worker = name, "consumer active again")
                     }
                     ConsumerState::Paused(_)
-                        if matches!(slot.standing, ConsumerState::Paused(_)) => {}
+                        if matches!(slot.consumer_state, ConsumerState::Paused(_)) => {}
                     ConsumerState::Paused(_) => {
                         tracing::warn!(worker = name, "consumer paused")
                     }
@@ -234,11 +234,11 @@ impl Host {
                     }
                 }
             }
-            slot.standing = standing;
+            slot.consumer_state = consumer_state;
         }
     }
 
-    /// Publishes the alarm that the database fails, or its end, directly to the broker.
+    /// Publishes the alarm that the database fails, or its end, directly to NATS.
     async fn publish_database_alarm(&self, alarm: &mut Option<DatabaseAlarm>) {
         let is_due = || {
             self.services
@@ -255,7 +255,7 @@ impl Host {
                     notice,
                 });
             }
-            // The broker may have been unavailable as well.
+            // NATS may have been unavailable as well.
             (
                 Some(DatabaseAlarm {
                     notice,
@@ -290,7 +290,7 @@ impl Host {
         }
     }
 
-    /// Publishes a notice. Returns whether the broker has stored it.
+    /// Publishes a notice. Returns whether its stream has stored it.
     async fn publish_notice(&self, notice: &Notice) -> bool {
         let Output {
             id,
@@ -309,16 +309,13 @@ impl Host {
             id,
             body,
         };
-        let answers =
+        let acks =
             tokio::time::timeout(BROKER_TIMEOUT, self.services.bus.publish(vec![message])).await;
-        matches!(
-            answers.ok().and_then(|mut answers| answers.pop()),
-            Some(Ok(_))
-        )
+        matches!(acks.ok().and_then(|mut acks| acks.pop()), Some(Ok(_)))
     }
 }
 
-/// The alarm that the database takes no writes, and whether the broker has stored it.
+/// The alarm that the database takes no writes, and whether its stream has stored it.
 struct DatabaseAlarm {
     notice: Notice,
     is_published: bool,

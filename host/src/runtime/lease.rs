@@ -10,7 +10,7 @@ use crate::model::retry::LastError;
 use crate::relay::RelayState;
 use crate::store::{RENEW_INTERVAL, RENEW_TIMEOUT, Store, TakenOver};
 
-/// How soon to check again whether the sessions of a lost host have ended.
+/// Delay of the next renewal after a failed one, or while sessions of a lost host have not ended.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 
 /// Renews the lease until the host has stopped, also while it drains.
@@ -45,7 +45,7 @@ pub(super) async fn run(store: Arc<dyn Store>, state: Arc<RelayState>, mut stopp
 pub(super) async fn renew(store: &dyn Store, state: &RelayState) -> Result<Duration> {
     let began = Instant::now();
     let renewed = tokio::time::timeout(RENEW_TIMEOUT, store.renew_lease()).await;
-    let taken_over = renewed.with_context(|| format!("no answer within {RENEW_TIMEOUT:?}"))??;
+    let taken_over = renewed.with_context(|| format!("no response within {RENEW_TIMEOUT:?}"))??;
     state.lease_renewed(began);
     taken_over.iter().for_each(log_takeover);
     // Outputs that such a session commits before its end still have to be released.

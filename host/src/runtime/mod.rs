@@ -42,7 +42,7 @@ pub struct Host {
     workers: Mutex<BTreeMap<String, Slot>>,
     /// The reason that workers and relay are held; none while they run.
     hold: std::sync::Mutex<Option<Hold>>,
-    /// Serializes comparisons of database and broker, and recoveries.
+    /// Serializes comparisons of the database and NATS, and recoveries.
     recovering: Mutex<()>,
     /// Workers whose active version is being prepared or swapped in.
     starting_workers: std::sync::Mutex<BTreeSet<String>>,

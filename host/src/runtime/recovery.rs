@@ -28,13 +28,13 @@ use crate::store::{
     all_dead_letters,
 };
 
-/// How long until every other host is held, too.
+/// Time after which every other host is held, too.
 const PROPAGATION_DELAY: Duration = CHECK_INTERVAL.saturating_mul(3);
 
-/// How many messages of a stream are scanned at a time, and the outputs among them saved.
+/// Maximum number of messages of a stream that are scanned, and of outputs that are saved, at once.
 const PAGE_SIZE: usize = 5_000;
 
-/// How often the new watermark is tried: another host may write one at the same moment.
+/// Maximum number of tries to write the new watermark. Another host may write one at the same time.
 const WATERMARK_TRIES_MAX: u32 = 5;
 
 /// The steps of a recovery, executed or planned.
@@ -42,7 +42,7 @@ const WATERMARK_TRIES_MAX: u32 = 5;
 pub struct Recovery {
     /// The reasons for the recovery; empty when there is nothing to recover.
     pub reasons: Vec<String>,
-    /// When database and broker last agreed, according to the database.
+    /// When the database and NATS last agreed, according to the database.
     pub agreed_at: Option<Timestamp>,
     pub consumers: Vec<ConsumerRewind>,
     pub streams: Vec<StreamScan>,
@@ -72,14 +72,14 @@ pub struct ConsumerRewind {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamScan {
     pub stream: String,
-    /// The number of outputs stored since shortly before database and broker last agreed.
+    /// The number of outputs stored since shortly before the database and NATS last agreed.
     pub outputs: u64,
     /// For people: the reason that it was not scanned.
     pub note: Option<String>,
 }
 
 impl Host {
-    /// Brings database and broker back into agreement after one of them was restored. With
+    /// Brings the database and NATS back into agreement after one of them was restored. With
     /// `dry_run`, only plans it.
     ///
     /// # Errors
@@ -88,17 +88,20 @@ impl Host {
     pub async fn recover(&self, dry_run: bool, by: &Attribution) -> Result<Recovery> {
         let _guard = self.recovering.lock().await;
 
-        // Compare database and broker.
+        // Compare the database and NATS.
         let comparison = self
             .compare()
             .await
-            .context("compare database and broker")?;
+            .context("compare the database and NATS")?;
         let reasons = match comparison.hold.clone() {
             None => Vec::new(),
             Some(Hold::Restored(why)) => why,
-            Some(Hold::TakenOver(why)) => {
-                return Err(anyhow!(why))
-                    .hint("return it to this installation with: oncely run --take-over ID");
+            Some(Hold::TakenOver(other)) => {
+                let hint = format!(
+                    "return it to this installation with: oncely run --take-over {}",
+                    other.owner_id
+                );
+                return Err(anyhow!("{other}")).hint(hint);
             }
         };
         let agreed = comparison
@@ -231,7 +234,7 @@ impl Host {
             .consumers
             .get(&worker.name)
             .filter(|floor| floor.stream == *name && is_unchanged);
-        // Messages below were settled in the database before the watermark recorded it.
+        // Messages below were in the inbox before the watermark recorded their acks.
         let from = floor.map_or(1, |floor| floor.sequence.min(rewind.acknowledged) + 1);
         rewind.from = Some(from.max(stream.first_sequence).max(1));
         Ok(Some(rewind))

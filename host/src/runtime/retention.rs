@@ -23,7 +23,7 @@ use crate::store::{RetentionPolicy, StoreError};
 /// for clocks.
 const INBOX_MARGIN: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How many rows are deleted at a time, where they are deleted row by row.
+/// Maximum number of rows that are deleted at a time, where they are deleted row by row.
 const BATCH_SIZE: u32 = 10_000;
 
 /// How long the deletion waits for concurrent transactions: at first, and at most after failures.
@@ -138,7 +138,7 @@ impl Host {
 }
 
 impl Host {
-    /// The longest time that an answer to a request is kept.
+    /// The longest time that a response to a request is kept.
     async fn longest_window(&self) -> Duration {
         let workers = self.services.deployed_workers().await.unwrap_or_default();
         let windows = workers
@@ -187,7 +187,7 @@ impl Pruner {
             );
             None
         });
-        let limits = RetentionPolicy {
+        let policy = RetentionPolicy {
             outputs: host.retention.outputs,
             inbox,
             requests: host.longest_window().await,
@@ -198,9 +198,9 @@ impl Pruner {
             archive: host.retention.archive.clone(),
         };
         while !stopping.is_stopping() {
-            let retired = host.services.store.delete_expired(&limits).await;
+            let deleted = host.services.store.delete_expired(&policy).await;
             fault::point(fault::AFTER_PRUNE);
-            match retired {
+            match deleted {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 Err(error @ StoreError::Conflict(_)) => {

@@ -83,11 +83,11 @@ impl Host {
         )?;
         let host = Arc::clone(&parts.host);
 
-        // Nothing is published or consumed before database and broker are compared.
+        // Nothing is published or consumed before the database and NATS are compared.
         let comparison = host
             .compare()
             .await
-            .context("compare database and broker")?;
+            .context("compare the database and NATS")?;
         host.set_hold(comparison.hold).await;
 
         running.start_relay(parts);
@@ -210,12 +210,12 @@ impl HostTasks {
         Ok(state)
     }
 
-    /// Starts the relay. It stops claiming due outputs with the supervision, and ends after the
+    /// Starts the relay. It stops leasing due outputs with the supervision, and ends after the
     /// last lane has handed over its outputs.
     fn start_relay(&mut self, parts: Parts) {
         let stopping = self.supervision.stopping();
-        if let Some((keeper, reader)) = parts.wal {
-            self.wal.spawn(keeper.run(stopping.clone()));
+        if let Some((controller, reader)) = parts.wal {
+            self.wal.spawn(controller.run(stopping.clone()));
             self.wal.spawn(reader.run(self.wal.stopping()));
         }
         self.relay.spawn(parts.relay.run(stopping.clone()));

@@ -61,8 +61,8 @@ impl Host {
             return;
         }
 
-        // Message workers are held while database and broker disagree. HTTP workers do not need the
-        // broker.
+        // Message workers are held while the database and NATS disagree. HTTP workers do not need
+        // NATS.
         let is_held = || self.hold().is_some() && takes_messages(deployment);
         if is_held() {
             return;
@@ -174,7 +174,7 @@ impl Host {
             "worker running"
         );
         slot.running = Some(running);
-        (slot.broken, slot.standing) = (None, ConsumerState::default());
+        (slot.broken, slot.consumer_state) = (None, ConsumerState::default());
         Ok(())
     }
 

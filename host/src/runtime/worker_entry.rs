@@ -18,7 +18,7 @@ pub(super) struct Slot {
     /// The active version if it cannot run here, with the reason.
     pub broken: Option<(u32, String)>,
     /// The last known state of its consumer.
-    pub standing: ConsumerState,
+    pub consumer_state: ConsumerState,
 }
 
 /// The running part of a worker.
@@ -96,7 +96,7 @@ impl Slot {
             return Some(format!("version {version}: {error}"));
         }
         self.running.as_ref()?;
-        match &self.standing {
+        match &self.consumer_state {
             ConsumerState::Active => None,
             ConsumerState::Missing(why) => Some(why.clone()),
             ConsumerState::Paused(None) => Some("its consumer is paused".to_owned()),
@@ -109,7 +109,7 @@ impl Slot {
 
     pub(super) fn state(&self, name: &str, is_held: bool) -> WorkerState {
         let running = self.running.as_ref();
-        let state = match (running, &self.broken, &self.standing) {
+        let state = match (running, &self.broken, &self.consumer_state) {
             (_, Some(_), _) | (Some(_), None, ConsumerState::Missing(_)) => RunState::Broken,
             (Some(_), None, ConsumerState::Paused(_)) => RunState::Paused,
             (Some(running), None, ConsumerState::Active) if running.is_subscribed() => {

@@ -31,7 +31,7 @@ pub struct WorkerState {
     /// The active version, if it cannot run.
     #[serde(default)]
     pub broken_version: Option<u32>,
-    /// Messages on its stream that are not handled yet; none when the broker does not answer.
+    /// Messages on its stream that are not handled yet; none when NATS does not respond.
     pub pending: Option<u64>,
     /// Age of the oldest pending message, in milliseconds; none when none is pending.
     pub oldest_pending_ms: Option<u64>,
@@ -53,7 +53,7 @@ pub enum RunState {
     Paused,
     /// It cannot run, or its consumer is gone.
     Broken,
-    /// It is not started while database and broker disagree.
+    /// It does not run while workers and relay are held.
     Held,
 }
 
@@ -115,11 +115,11 @@ impl Host {
                 .into_iter()
                 .map(|breaker| (breaker.stream, breaker.state))
                 .collect(),
-            wal: self.services.relay_state.wal().map(|log| MeasuredWal {
-                is_active: log.mode == RelayMode::Wal,
+            wal: self.services.relay_state.wal().map(|wal| MeasuredWal {
+                is_active: wal.mode == RelayMode::Wal,
                 is_reader: self.services.relay_state.reads_wal(),
-                lag: log.lag,
-                retained: log.slot.map_or(0, |slot| slot.retained),
+                lag: wal.lag,
+                retained: wal.slot.map_or(0, |slot| slot.retained),
             }),
             alarms: self.measure_alarms(&alarms).await,
             cache: self.services.cache.measure(),
@@ -131,18 +131,18 @@ impl Host {
     }
 
     /// All kinds of alarms for each worker, raised or not: a missing series cannot be compared.
-    async fn measure_alarms(&self, standing: &[Alarm]) -> Vec<(String, Kind, bool)> {
+    async fn measure_alarms(&self, alarms: &[Alarm]) -> Vec<(String, Kind, bool)> {
         let workers = self.workers.lock().await;
         let names: BTreeSet<&str> = workers
             .keys()
             .map(String::as_str)
-            .chain(standing.iter().map(|alarm| alarm.worker.as_str()))
+            .chain(alarms.iter().map(|alarm| alarm.worker.as_str()))
             .collect();
         let kinds = || Kind::ALL.into_iter().filter(|kind| *kind != Kind::Database);
         let none = names
             .into_iter()
             .flat_map(|worker| kinds().map(|kind| (worker.to_owned(), kind, false)));
-        let raised = standing.iter().filter(|alarm| alarm.is_raised());
+        let raised = alarms.iter().filter(|alarm| alarm.is_raised());
         none.chain(raised.map(|alarm| (alarm.worker.clone(), alarm.kind, true)))
             .collect()
     }
@@ -181,6 +181,6 @@ fn measured_outbox(lag: OutboxLag) -> MeasuredOutbox {
         unpublished: lag.unpublished,
         oldest: lag.oldest_ms.map(Duration::from_millis),
         parked: lag.parked,
-        held: lag.blocked,
+        blocked: lag.blocked,
     }
 }

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 /// The maximum pause after the first conflict. It grows in proportion to the number of conflicts.
-const FIRST: Duration = Duration::from_millis(5);
+const FIRST_PAUSE_MAX: Duration = Duration::from_millis(5);
 
 /// Sleeps for a random time that grows with the number of conflicts, so that the same transactions
 /// do not conflict again.
 pub async fn pause_after(conflicts: u32) {
-    tokio::time::sleep(FIRST.mul_f64(f64::from(conflicts) * rand::random::<f64>())).await;
+    tokio::time::sleep(FIRST_PAUSE_MAX.mul_f64(f64::from(conflicts) * rand::random::<f64>())).await;
 }

@@ -19,7 +19,7 @@ const PAGE_SIZE: u32 = 500;
 pub enum DeadLetterState {
     /// It waits for an operator.
     Open,
-    /// It was redriven, and its event is not settled yet.
+    /// It was redriven, and the new delivery has no outcome yet.
     Redriven,
     /// It was redriven and took effect.
     Done,
@@ -170,8 +170,8 @@ pub struct DeadLetterRecord {
     pub edits: Vec<EditRecord>,
     /// The operators' actions, oldest first.
     pub audit: Vec<AuditRecord>,
-    /// `done` or `dead` with the time, if the event is settled.
-    pub settled: Option<(String, Timestamp)>,
+    /// The state of its event id in the inbox, `done` or `dead`, with the time; `None` for no row.
+    pub inbox: Option<(String, Timestamp)>,
     /// The outputs that are still in the outbox.
     pub outputs: Vec<DeadLetterOutput>,
 }
@@ -316,7 +316,7 @@ pub async fn all_dead_letters(
 pub struct Redrive {
     /// The id of the dead letter.
     pub id: i64,
-    /// Refuse unless it was redriven this often so far.
+    /// Refuse unless this is its number of redrives so far.
     pub generation: Option<u32>,
     /// Redrive it even if a redrive is in progress or it is closed.
     pub again: bool,
@@ -394,7 +394,8 @@ pub(super) struct LockedDeadLetter {
     pub reason: String,
     pub state: DeadLetterState,
     pub generation: u32,
-    /// The state of its event in the inbox, unless that record is for another payload.
+    /// The state of its event id in the inbox. Check `owns_event` first: the record of a reused id
+    /// is about another message.
     pub inbox: Option<String>,
 }
 
@@ -477,7 +478,7 @@ pub(super) fn action_results(
         None if done.contains(&id) => None,
         None => Some("no such dead letter".to_owned()),
     };
-    let moved = |(id, refused): (i64, Option<String>)| {
+    let result_of = |(id, refused): (i64, Option<String>)| {
         let took_effect = refused.as_deref() == Some(TOOK_EFFECT);
         DeadLetterActionResult {
             id,
@@ -485,5 +486,5 @@ pub(super) fn action_results(
             took_effect,
         }
     };
-    ids.into_iter().map(|id| moved((id, why(id)))).collect()
+    ids.into_iter().map(|id| result_of((id, why(id)))).collect()
 }

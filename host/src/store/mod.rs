@@ -84,7 +84,7 @@ impl StoreError {
 pub struct StoredReport {
     /// The id of the instance: 16 hex digits.
     pub instance: String,
-    /// How many reports the instance has written; 0 for none.
+    /// The number of reports that the instance has written; 0 for none.
     pub number: u64,
     /// `None` before the first report.
     pub text: Option<String>,
@@ -143,7 +143,7 @@ pub struct Claim {
     /// Stream and sequence, for display and for `audit`.
     pub origin: Option<(String, u64)>,
     /// The message is a redriven dead letter. It can be claimed although its event is recorded as
-    /// dead, until the redrive is settled.
+    /// dead, until the redriven delivery has an outcome.
     pub redriven: bool,
 }
 
@@ -155,9 +155,9 @@ pub enum Claimed {
         /// How many attempts at the event have failed before.
         attempts: u32,
     },
-    /// A committed delivery or dead letter holds the event id, for the same payload.
+    /// The event id has a committed delivery or dead letter, with the same payload.
     Settled(Settled),
-    /// The event id is held for another payload.
+    /// The event id belongs to another payload.
     OtherPayload,
 }
 
@@ -310,7 +310,7 @@ pub struct AlarmNotices {
 #[derive(Debug)]
 pub struct DeadLettered {
     /// One proof per message.
-    pub settled: Vec<Settled>,
+    pub proofs: Vec<Settled>,
     /// The dead-letter notices that are due for publishing now.
     pub notices: Vec<OutboxRow>,
     /// Alarms on failures that were new.
@@ -460,7 +460,7 @@ pub struct RetentionPolicy {
     pub outputs: Duration,
     /// Counted from the transaction; `None` keeps rows for ever.
     pub inbox: Option<Duration>,
-    /// The maximum for answers to requests: each answer has its own expiry.
+    /// The maximum for responses to requests: each response has its own expiry.
     pub requests: Duration,
     /// The most rows that are deleted or moved one by one in a run. On PostgreSQL, whole partitions
     /// are emptied regardless of their size.
@@ -523,9 +523,9 @@ pub trait Store: Send + Sync + 'static {
 
     /// Dead-letters messages. The inbox record (`dead`), the dead letter and the message
     /// `notices[i]` to the DLQ stream are written in one transaction. A dead letter that exists
-    /// already, or whose event is settled already, adds nothing. The first dead letter of a failure
-    /// raises an alarm in the same transaction, unless `new_failures` failures of its worker did so
-    /// within an hour.
+    /// already, or whose event has an inbox row already, adds nothing. The first dead letter of a
+    /// failure raises an alarm in the same transaction, unless `new_failures` failures of its
+    /// worker did so within an hour.
     async fn dead_letter(
         &self,
         dead_letters: &[(DeadLetter, Output)],
@@ -554,7 +554,7 @@ pub trait Store: Send + Sync + 'static {
     /// The id of this installation: this database and its hosts. 16 hex digits.
     fn installation(&self) -> &str;
 
-    /// The watermarks, and whether they include `on_broker`, the one on the broker.
+    /// The watermarks, and when the one named `on_broker`, the last one on NATS, was written.
     async fn watermarks(&self, on_broker: Option<&str>) -> Result<Watermarks>;
 
     /// Writes a watermark. It is durable once this returns.
@@ -673,12 +673,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// Applies alarm updates and appends their messages, in one transaction. An update is skipped
     /// if its alarm has changed since it was read.
-    async fn apply_alarm_updates(&self, moves: &[alarm::AlarmUpdate]) -> Result<AlarmNotices>;
+    async fn apply_alarm_updates(&self, updates: &[alarm::AlarmUpdate]) -> Result<AlarmNotices>;
 
-    /// Redrives dead letters, in one transaction. Their events are no longer settled, and their
-    /// generations increase by one. For each, a message that points the worker to the dead letter
-    /// is written to the outbox. Returns the result for each dead letter, and the messages that are
-    /// due for publishing now.
+    /// Redrives dead letters, in one transaction. Their generations increase by one. For each, a
+    /// message that points the worker to the dead letter is written to the outbox. Its inbox row
+    /// stays `dead` until the redriven message claims it. Returns the result for each dead letter,
+    /// and the messages that are due for publishing now.
     async fn redrive(
         &self,
         dead_letters: &[Redrive],
@@ -686,7 +686,7 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<(Vec<DeadLetterActionResult>, Vec<OutboxRow>)>;
 
     /// The message for `worker` that a pointer to dead letter `id` stands for. If the pointer is
-    /// out of date or names another worker's dead letter, the proof that the pointer is settled.
+    /// out of date or names another worker's dead letter, the proof that it can be acknowledged.
     async fn redriven_message(
         &self,
         worker: &str,
@@ -697,8 +697,8 @@ pub trait Store: Send + Sync + 'static {
     /// The events of a worker among these that are done.
     async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>>;
 
-    /// Closes dead letters, or stores a corrected body for one, in one transaction. Closing also
-    /// settles a redriven event as dead if it is not settled yet. Returns the result for each dead
+    /// Closes dead letters, or stores a corrected body for one, in one transaction. Closing first
+    /// waits for deliveries of redriven ones that are in progress. Returns the result for each dead
     /// letter.
     async fn update_dead_letters(
         &self,
@@ -723,8 +723,8 @@ pub trait Store: Send + Sync + 'static {
     async fn totals(&self) -> Result<Vec<WorkerTotals>>;
 
     /// Deletes some expired rows: published outputs, and inbox records with their attempts. Events
-    /// with a dead letter that can be redriven stay settled. Returns whether rows were deleted, so
-    /// that there may be more.
+    /// with a dead letter that can be redriven keep their inbox row. Returns whether rows were
+    /// deleted, so that there may be more.
     ///
     /// # Errors
     /// `Conflict` if a transaction stays open for too long; try again later.
@@ -746,15 +746,15 @@ pub trait Tx: Send {
     /// Releases claimed event ids of batch items that failed and ran no SQL.
     async fn release_claims(&mut self, event_ids: &[String]) -> Result<()>;
 
-    /// Claims an idempotency key for this transaction, or returns the stored answer. Does not wait
-    /// for another transaction that has the key.
+    /// Claims an idempotency key for this transaction, or returns the stored response. Does not
+    /// wait for another transaction that has the key.
     async fn claim_request(&mut self, request: &RequestKey) -> Result<ClaimedRequest>;
 
-    /// Stores the answer to a key that this transaction claimed, for at least `keep`.
-    async fn answer_request(
+    /// Stores the response to a key that this transaction claimed, for at least `keep`.
+    async fn store_response(
         &mut self,
         request: &RequestKey,
-        answer: &HttpResponse,
+        response: &HttpResponse,
         keep: Duration,
     ) -> Result<()>;
 

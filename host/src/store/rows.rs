@@ -190,7 +190,7 @@ pub(super) fn dead_letter_group(row: &impl Columns) -> Result<DeadLetterGroup> {
             dead_letters: row.number("dead_letters")?,
             first_died_at: row.time("first")?,
             last_died_at: row.time("last")?,
-            last_dead_letter: row.get("last_letter")?,
+            last_dead_letter: row.get("last_dead_letter")?,
             subject: row.get("subject")?,
         })
     })
@@ -232,7 +232,7 @@ pub(super) fn dead_letter(row: &impl Columns) -> Result<DeadLetterRecord> {
             attempts: Vec::new(),
             edits: Vec::new(),
             audit: Vec::new(),
-            settled: None,
+            inbox: None,
             outputs: Vec::new(),
         })
     })
@@ -261,8 +261,8 @@ pub(super) fn dead_letter_audit(row: &impl Columns) -> Result<AuditRecord> {
     })
 }
 
-/// The state of a settled event, with the time.
-pub(super) fn settled(row: &impl Columns) -> Result<(String, Timestamp)> {
+/// The state of an inbox row, with the time of the commit.
+pub(super) fn inbox_state(row: &impl Columns) -> Result<(String, Timestamp)> {
     read("an inbox record", || {
         Ok((row.text("state")?, row.time("settled_at")?))
     })
@@ -397,7 +397,7 @@ pub(super) fn lag(row: &impl Columns) -> Result<OutboxLag> {
             unpublished: row.number("unpublished")?,
             oldest_ms: row.optional_number("oldest_ms")?,
             parked: row.number("parked")?,
-            blocked: row.number("held")?,
+            blocked: row.number("blocked")?,
         })
     })
 }

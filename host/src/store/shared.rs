@@ -64,8 +64,8 @@ impl Savepoint {
     }
 }
 
-/// An answer from its columns.
-pub(super) fn stored_answer(status: i64, headers: &str, body: Vec<u8>) -> Result<HttpResponse> {
+/// A response from its columns.
+pub(super) fn stored_response(status: i64, headers: &str, body: Vec<u8>) -> Result<HttpResponse> {
     let status = u16::try_from(status)
         .context("read a status")
         .map_err(StoreError::Unavailable)?;
@@ -217,16 +217,16 @@ pub(super) fn is_longer(ms: i64, than: Duration) -> bool {
 }
 
 /// Alarm updates in lock order.
-pub(super) fn in_lock_order(moves: &[alarm::AlarmUpdate]) -> Vec<&alarm::AlarmUpdate> {
-    let mut moves: Vec<_> = moves.iter().collect();
-    moves.sort_by_key(|step| {
+pub(super) fn in_lock_order(updates: &[alarm::AlarmUpdate]) -> Vec<&alarm::AlarmUpdate> {
+    let mut updates: Vec<_> = updates.iter().collect();
+    updates.sort_by_key(|step| {
         (
             step.worker.as_str(),
             step.kind.as_str(),
             group_id(step.group.as_ref()),
         )
     });
-    moves
+    updates
 }
 
 /// The value of the group column; empty for no group.
@@ -314,9 +314,9 @@ pub(super) struct InboxRecord {
 }
 
 /// The dead letters to write:
-/// - those whose event this transaction settled,
+/// - those whose inbox row this transaction inserted,
 /// - redriven ones that are still dead,
-/// - those whose event id is held for another payload.
+/// - those whose event id belongs to another payload.
 ///
 /// `inserted` are the new keys in the inbox, `inbox_records` the records of all keys.
 pub(super) fn to_dead_letter<'b, 'a>(
@@ -381,7 +381,7 @@ pub(super) struct ReleaseColumns<'a> {
 }
 
 impl<'a> ReleaseColumns<'a> {
-    pub fn of((seq, how): &'a (i64, Unpublished), ids: &OutputIds) -> Self {
+    pub fn of((seq, outcome): &'a (i64, Unpublished), ids: &OutputIds) -> Self {
         let nothing = ReleaseColumns {
             seq: *seq,
             after: None,
@@ -392,7 +392,7 @@ impl<'a> ReleaseColumns<'a> {
             taken: None,
             next: None,
         };
-        match how {
+        match outcome {
             Unpublished::Later { after, error } => ReleaseColumns {
                 after: Some(micros(*after)),
                 failed: error.is_some(),
@@ -491,8 +491,8 @@ pub(super) fn transaction_failed(why: &str) -> StoreError {
     ))
 }
 
-/// Checks that a statement matched exactly the rows that it named.
-pub(super) fn check_count(met: u64, named: usize) -> Result<()> {
+/// Checks that a statement recorded exactly the outputs that it named.
+pub(super) fn check_all_recorded(met: u64, named: usize) -> Result<()> {
     if usize::try_from(met).is_ok_and(|met| met == named) {
         return Ok(());
     }

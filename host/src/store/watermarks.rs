@@ -72,7 +72,7 @@ pub struct Watermarks {
     /// The newest acknowledged one: when it was written, and its sequence on the watermark stream.
     pub acknowledged: Option<(Timestamp, u64)>,
     /// When the requested watermark was written; `None` if the database does not have it.
-    pub known: Option<Timestamp>,
+    pub requested_written_at: Option<Timestamp>,
     /// Whether the database has recovered outputs.
     pub has_recovered: bool,
 }

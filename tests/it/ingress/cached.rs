@@ -12,16 +12,19 @@ fn cached(terms: &str) -> Result<String> {
 }
 
 async fn read(url: &str, caller: &str) -> Result<(Value, String)> {
-    let answer = send(
+    let response = send(
         reqwest::Client::new()
             .get(url)
             .header("Authorization", caller),
     )
     .await?;
-    assert_eq!(answer.status, StatusCode::OK, "{answer:?}");
+    assert_eq!(response.status, StatusCode::OK, "{response:?}");
     Ok((
-        answer.json()?["rows"].clone(),
-        answer.header("cache-status").unwrap_or_default().to_owned(),
+        response.json()?["rows"].clone(),
+        response
+            .header("cache-status")
+            .unwrap_or_default()
+            .to_owned(),
     ))
 }
 

@@ -1,4 +1,4 @@
-//! A caller never gets another caller's answer, neither cached nor stored under a key.
+//! A caller never gets another caller's response, neither cached nor stored under a key.
 
 use reqwest::header::HeaderValue;
 
@@ -30,19 +30,19 @@ fn with(mut request: reqwest::RequestBuilder, lines: Lines<'_>) -> Result<reqwes
     Ok(request)
 }
 
-/// Reads a path with these headers: the answer, and whether it came from the cache.
+/// Reads a path with these headers: the response, and whether it came from the cache.
 async fn read(world: &World, path: &str, lines: Lines<'_>) -> Result<(TestResponse, bool)> {
-    let answer = send(with(
+    let response = send(with(
         reqwest::Client::new().get(format!("{}{path}", world.ingress_url()?)),
         lines,
     )?)
     .await?;
-    assert_eq!(answer.status, StatusCode::OK, "{answer:?}");
-    let is_hit = answer
+    assert_eq!(response.status, StatusCode::OK, "{response:?}");
+    let is_hit = response
         .header("cache-status")
         .unwrap_or_default()
         .contains("hit");
-    Ok((answer, is_hit))
+    Ok((response, is_hit))
 }
 
 /// Checks that the first headers are answered from the cache when repeated, and the others are not.
@@ -166,11 +166,11 @@ async fn every_vary_and_cache_control_line_is_respected() -> Result<()> {
     for (number, (world, headers)) in not_kept.iter().enumerate() {
         let path = format!("/mine/{number}?echo&{headers}");
         for lines in [alice, bob, alice] {
-            let (answer, is_hit) = read(world, &path, lines).await?;
+            let (response, is_hit) = read(world, &path, lines).await?;
             let tenant = String::from_utf8_lossy(lines[0].1).into_owned();
             assert!(
-                !is_hit && String::from_utf8_lossy(&answer.body).contains(&tenant),
-                "{headers}: {answer:?}"
+                !is_hit && String::from_utf8_lossy(&response.body).contains(&tenant),
+                "{headers}: {response:?}"
             );
         }
     }
@@ -210,14 +210,14 @@ async fn a_cached_route_refuses_a_body() -> Result<()> {
     )
     .await?;
     assert_eq!(status, 400);
-    let (status, answer) =
+    let (status, response) =
         send_raw(&world, chunked("/mine/e?echo", "0\r\n\r\n").as_bytes()).await?;
     assert!(
-        status == 200 && answer.contains("fwd=miss") && !answer.contains("EVIL"),
-        "{answer}"
+        status == 200 && response.contains("fwd=miss") && !response.contains("EVIL"),
+        "{response}"
     );
 
-    // Also if an answer is cached.
+    // Also if a response is cached.
     let sized = send(reqwest::Client::new().get(&url).body("EVIL")).await?;
     assert_eq!(sized.status, StatusCode::BAD_REQUEST);
     Ok(())

@@ -12,12 +12,12 @@ both!(
         ] {
             let what = json!({ "event": step, "do": ["effect", "send", step] });
             for _ in 0..2 {
-                let answer = post(&world, step, &what).await?;
+                let response = post(&world, step, &what).await?;
                 assert_eq!(
-                    (answer.status.as_u16(), answer.code().as_str()),
+                    (response.status.as_u16(), response.code().as_str()),
                     (status, code)
                 );
-                assert!(!answer.replayed());
+                assert!(!response.replayed());
             }
             assert_eq!(effects(&world, step).await?, (0, 0));
         }
@@ -111,7 +111,7 @@ both!(
     }
 );
 
-/// A disconnected caller cancels nothing: the answer is stored for its retry.
+/// A disconnected caller cancels nothing: the response is stored for its retry.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disconnected_caller_gets_its_response_on_retry() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("wait = \"10s\"")?).await?;

@@ -1,4 +1,4 @@
-//! Heads of requests and answers: hosts, bytes of header values, statuses.
+//! Heads of requests and responses: hosts, bytes of header values, statuses.
 
 use support::metrics;
 use support::nats::NewMessage;
@@ -25,22 +25,22 @@ async fn a_request_must_name_exactly_one_host() -> Result<()> {
         ("http://evil.example/all/e?echo", &["good.example"]),
         ("http://good.example/all/e?echo", &[]),
     ] {
-        let (status, answer) = send_raw(&world, &ask(target, "1.1", hosts)).await?;
+        let (status, response) = send_raw(&world, &ask(target, "1.1", hosts)).await?;
         assert!(
-            status == 400 && answer.contains("host-refused"),
-            "{target} {hosts:?}: {answer}"
+            status == 400 && response.contains("host-refused"),
+            "{target} {hosts:?}: {response}"
         );
     }
-    let (status, answer) = send_raw(
+    let (status, response) = send_raw(
         &world,
         &ask("http://good.example/all/e?echo", "1.1", &["good.example"]),
     )
     .await?;
-    assert!(status == 200 && answer.contains("fwd=miss"), "{answer}");
-    let (_, answer) = send_raw(&world, &ask("/all/e?echo", "1.1", &["good.example"])).await?;
-    assert!(answer.contains("hit"), "{answer}");
-    let (_, answer) = send_raw(&world, &ask("/all/e?echo", "1.1", &["other.example"])).await?;
-    assert!(answer.contains("fwd=miss"), "{answer}");
+    assert!(status == 200 && response.contains("fwd=miss"), "{response}");
+    let (_, response) = send_raw(&world, &ask("/all/e?echo", "1.1", &["good.example"])).await?;
+    assert!(response.contains("hit"), "{response}");
+    let (_, response) = send_raw(&world, &ask("/all/e?echo", "1.1", &["other.example"])).await?;
+    assert!(response.contains("fwd=miss"), "{response}");
     assert_eq!(
         send_raw(&world, &ask("/all/e?echo", "1.0", &[])).await?.0,
         200
@@ -142,14 +142,14 @@ both!(
         for status in [100, 101, 103, 199, 600, 999] {
             let event = format!("e{status}");
             let began = Instant::now();
-            let answer = post(
+            let response = post(
                 &world,
                 &event,
                 &json!({ "event": event, "do": ["effect", "send"], "status": status }),
             )
             .await?;
             assert_eq!(
-                (answer.status.as_u16(), answer.code().as_str()),
+                (response.status.as_u16(), response.code().as_str()),
                 (500, "handler-failed"),
                 "{status}"
             );
@@ -194,8 +194,8 @@ async fn names_of_message_headers_keep_their_case() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let head = "POST /publish/out.a HTTP/1.1\r\nHost: a\r\nIdempotency-Key: k\r\nConnection: close\r\nContent-Length: 2\r\n\
         X-Message-CustomerName: a\r\nX-MESSAGE-ce-ID: \u{e9}\r\nx-message-Twice: 1\r\nX-Message-twice: 2\r\n\r\nhi";
-    let (status, answer) = send_raw(&world, head.as_bytes()).await?;
-    assert_eq!(status, 202, "{answer}");
+    let (status, response) = send_raw(&world, head.as_bytes()).await?;
+    assert_eq!(status, 202, "{response}");
     let stored = stored(&world, 1).await?;
     let mut names: Vec<&str> = stored[0].headers.keys().map(String::as_str).collect();
     names.retain(|name| !name.starts_with("Nats-") && !name.starts_with("Oncely-"));
@@ -214,14 +214,14 @@ async fn responses_without_content_end_after_their_head() -> Result<()> {
     for status in [204, 205, 304] {
         let head =
             format!("GET /do/it?status={status} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
-        let (answered, answer) = send_raw(&world, head.as_bytes()).await?;
+        let (answered, response) = send_raw(&world, head.as_bytes()).await?;
         assert_eq!(answered, status);
         assert!(
-            answer.ends_with("\r\n\r\n") && !answer.contains("rows"),
-            "{answer}"
+            response.ends_with("\r\n\r\n") && !response.contains("rows"),
+            "{response}"
         );
     }
-    // Only the host may mark an answer as replayed.
+    // Only the host may mark a response as replayed.
     let url = format!("{}/do/it?h=Idempotent-Replayed:true", world.ingress_url()?);
     assert!(!send(reqwest::Client::new().get(url)).await?.replayed());
     Ok(())

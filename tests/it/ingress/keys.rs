@@ -34,9 +34,9 @@ both!(a_route_may_do_without_keys, |kind: Kind| async move {
     let world = World::start(kind, &manifest("idempotency_key = \"optional\"")?).await?;
     let url = format!("{}/do/it", world.ingress_url()?);
     for _ in 0..2 {
-        let answer = send(reqwest::Client::new().post(&url).json(&everything("e"))).await?;
-        assert_eq!(answer.status, StatusCode::OK);
-        assert!(!answer.replayed());
+        let response = send(reqwest::Client::new().post(&url).json(&everything("e"))).await?;
+        assert_eq!(response.status, StatusCode::OK);
+        assert!(!response.replayed());
     }
     assert_eq!(effects(&world, "e").await?, (2, 4));
     Ok(())
@@ -121,16 +121,20 @@ both!(
     |kind: Kind| async move {
         let world = World::start(kind, &manifest("wait = \"10s\"")?).await?;
         let slow = json!({ "event": "e", "do": ["effect", "slow"], "ms": 100 });
-        let answers = futures::future::join_all((0..20).map(|_| post(&world, "key", &slow))).await;
-        let answers: Vec<TestResponse> = answers.into_iter().collect::<Result<_>>()?;
+        let responses =
+            futures::future::join_all((0..20).map(|_| post(&world, "key", &slow))).await;
+        let responses: Vec<TestResponse> = responses.into_iter().collect::<Result<_>>()?;
         assert!(
-            answers
+            responses
                 .iter()
-                .all(|answer| answer.stable_parts() == answers[0].stable_parts()),
-            "{answers:?}"
+                .all(|response| response.stable_parts() == responses[0].stable_parts()),
+            "{responses:?}"
         );
         assert_eq!(
-            answers.iter().filter(|answer| !answer.replayed()).count(),
+            responses
+                .iter()
+                .filter(|response| !response.replayed())
+                .count(),
             1
         );
         assert_eq!(effects(&world, "e").await?, (1, 2));

@@ -32,18 +32,18 @@ async fn an_unpublishable_message_is_refused_before_its_key_claim() -> Result<()
         for n in 0..headers {
             request = request.header(format!("X-Message-H{n}"), &long);
         }
-        let answer = send(request.body(vec![b'x'; body])).await?;
+        let response = send(request.body(vec![b'x'; body])).await?;
         assert_eq!(
-            (answer.status.as_u16(), answer.code().as_str()),
+            (response.status.as_u16(), response.code().as_str()),
             (413, "body-too-large"),
-            "{name}: {answer:?}"
+            "{name}: {response:?}"
         );
     }
 
     // The keys are still free for other messages, and the largest possible message is accepted.
-    let answer =
+    let response =
         send(publish(&world, "body", "out.a")?.body(vec![b'x'; MAX_PAYLOAD - 400])).await?;
-    assert_eq!(answer.status, StatusCode::ACCEPTED, "{answer:?}");
+    assert_eq!(response.status, StatusCode::ACCEPTED, "{response:?}");
     stored(&world, 1).await?;
     assert_eq!(
         world
@@ -62,24 +62,24 @@ async fn a_subject_without_a_stream_is_refused_until_it_has_one() -> Result<()> 
     // The host permits publishing to `in.>` and `out.>`.
     world.nats.delete_stream("OUT").await?;
     let end = Instant::now() + PATIENCE;
-    let answer = loop {
-        let answer = send(publish(&world, "k", "out.a")?.body("x")).await?;
-        if answer.status != StatusCode::ACCEPTED || Instant::now() > end {
-            break answer;
+    let response = loop {
+        let response = send(publish(&world, "k", "out.a")?.body("x")).await?;
+        if response.status != StatusCode::ACCEPTED || Instant::now() > end {
+            break response;
         }
     };
     assert_eq!(
-        (answer.status.as_u16(), answer.code().as_str()),
+        (response.status.as_u16(), response.code().as_str()),
         (404, "no-stream"),
-        "{answer:?}"
+        "{response:?}"
     );
     world
         .nats
         .make_stream("OUT", "out.>", Duration::from_secs(120))
         .await?;
     tokio::time::sleep(Duration::from_secs(1)).await;
-    let answer = send(publish(&world, "k2", "out.a")?.body("x")).await?;
-    assert_eq!(answer.status, StatusCode::ACCEPTED, "{answer:?}");
+    let response = send(publish(&world, "k2", "out.a")?.body("x")).await?;
+    assert_eq!(response.status, StatusCode::ACCEPTED, "{response:?}");
     Ok(())
 }
 
@@ -93,14 +93,14 @@ async fn safe_methods_ignore_the_idempotency_key() -> Result<()> {
             let request = reqwest::Client::new()
                 .request(method.clone(), &url)
                 .header("Idempotency-Key", key);
-            let answer = send(request).await?;
+            let response = send(request).await?;
             assert_ne!(
-                answer.status.as_u16(),
+                response.status.as_u16(),
                 400,
-                "{method} with `{key}`: {answer:?}"
+                "{method} with `{key}`: {response:?}"
             );
         }
-        let answer = send(
+        let response = send(
             reqwest::Client::new()
                 .post(&url)
                 .header("Idempotency-Key", key)
@@ -108,7 +108,7 @@ async fn safe_methods_ignore_the_idempotency_key() -> Result<()> {
         )
         .await?;
         assert_eq!(
-            (answer.status.as_u16(), answer.code().as_str()),
+            (response.status.as_u16(), response.code().as_str()),
             (400, "idempotency-key-invalid")
         );
     }
@@ -126,8 +126,8 @@ async fn a_route_without_methods_accepts_standard_methods_only() -> Result<()> {
         };
         let request =
             format!("{method} {target} HTTP/1.1\r\nHost: a:80\r\nConnection: close\r\n\r\n");
-        let (status, answer) = send_raw(&world, request.as_bytes()).await?;
-        assert!([400, 404, 405].contains(&status), "{method}: {answer}");
+        let (status, response) = send_raw(&world, request.as_bytes()).await?;
+        assert!([400, 404, 405].contains(&status), "{method}: {response}");
     }
     let options = send(reqwest::Client::new().request(
         reqwest::Method::OPTIONS,
@@ -150,11 +150,11 @@ async fn a_wildcard_may_be_empty_and_an_escape_is_the_same_path() -> Result<()> 
     let ask = |path: &str| {
         format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").into_bytes()
     };
-    let (_, answer) = send_raw(&world, &ask("/all/7?echo")).await?;
-    assert!(answer.contains("fwd=miss"), "{answer}");
+    let (_, response) = send_raw(&world, &ask("/all/7?echo")).await?;
+    assert!(response.contains("fwd=miss"), "{response}");
     for same in ["/all/%37?echo", "/all/7?%65cho", "/%61ll/7?echo"] {
-        let (_, answer) = send_raw(&world, &ask(same)).await?;
-        assert!(answer.contains("hit"), "{same}: {answer}");
+        let (_, response) = send_raw(&world, &ask(same)).await?;
+        assert!(response.contains("hit"), "{same}: {response}");
     }
     Ok(())
 }

@@ -56,9 +56,9 @@ async fn a_starting_host_answers_503_until_its_routes_are_loaded() -> Result<()>
             );
             // As soon as the ingress is open.
             match post(&world, &event, &json!({ "event": event, "do": ["effect"] })).await {
-                Ok(answer) if answer.status == StatusCode::OK => break,
-                Ok(answer) => assert_eq!(
-                    (answer.status.as_u16(), answer.code().as_str()),
+                Ok(response) if response.status == StatusCode::OK => break,
+                Ok(response) => assert_eq!(
+                    (response.status.as_u16(), response.code().as_str()),
                     (503, "starting")
                 ),
                 Err(_) => tokio::time::sleep(Duration::from_millis(2)).await,
@@ -129,10 +129,10 @@ both!(
             let mut versions = Vec::new();
             for round in 0..200 {
                 let event = format!("e{round}");
-                let answer =
+                let response =
                     post(&world, &event, &json!({ "event": event, "do": ["effect"] })).await?;
-                assert_eq!(answer.status, StatusCode::OK, "{answer:?}");
-                versions.push(answer.json()?["version"].as_u64().unwrap_or_default());
+                assert_eq!(response.status, StatusCode::OK, "{response:?}");
+                versions.push(response.json()?["version"].as_u64().unwrap_or_default());
                 if versions.last() == Some(&2) {
                     break;
                 }

@@ -26,24 +26,24 @@ fn head(key: &str, length: usize) -> String {
     )
 }
 
-/// The status of the next answer.
+/// The status of the next response.
 async fn status(stream: &mut TcpStream) -> Result<u16> {
-    let mut answer = Vec::new();
-    while !answer.windows(4).any(|end| end == b"\r\n\r\n") {
-        let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut answer))
+    let mut response = Vec::new();
+    while !response.windows(4).any(|end| end == b"\r\n\r\n") {
+        let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut response))
             .await?
-            .context("read an answer")?;
+            .context("read a response")?;
         ensure!(read > 0, "the connection was closed");
     }
-    let answer = String::from_utf8_lossy(&answer).into_owned();
-    answer
+    let response = String::from_utf8_lossy(&response).into_owned();
+    response
         .split(' ')
         .nth(1)
         .and_then(|status| status.parse().ok())
-        .with_context(|| format!("read `{answer}`"))
+        .with_context(|| format!("read `{response}`"))
 }
 
-/// Waits until the host closes a connection without an answer.
+/// Waits until the host closes a connection without a response.
 async fn closed(stream: &mut TcpStream) -> Result<()> {
     let mut rest = Vec::new();
     let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut rest))
@@ -81,7 +81,7 @@ async fn http_timeouts_end_slow_heads_bodies_and_idle_connections() -> Result<()
     let mut rest = Vec::new();
     tokio::time::timeout(PATIENCE, idle.read_to_end(&mut rest))
         .await?
-        .context("read the rest of an answer")?;
+        .context("read the rest of a response")?;
     assert_eq!(effects(&world, "e").await?, (1, 2));
     assert_eq!(
         world
@@ -114,9 +114,9 @@ async fn http_memory_bounds_unfinished_bodies() -> Result<()> {
     loop {
         let what = json!({ "event": "e", "do": ["effect"], "say": half });
         match post(&world, "third", &what).await {
-            Ok(answer) if answer.status == StatusCode::OK => break,
-            Ok(answer) => assert_eq!(
-                (answer.code().as_str(), answer.header("retry-after")),
+            Ok(response) if response.status == StatusCode::OK => break,
+            Ok(response) => assert_eq!(
+                (response.code().as_str(), response.header("retry-after")),
                 ("busy", Some("1"))
             ),
             Err(_) => {}

@@ -68,7 +68,7 @@ both!(
         let world = start_with(kind, &["alice", "bob"]).await?;
         for round in 0..3 {
             let id = hold(&world, &format!("hold-{round}"), 100).await?;
-            let answers: Vec<TestResponse> = stream::iter(0..8)
+            let responses: Vec<TestResponse> = stream::iter(0..8)
                 .map(|n| {
                     let (world, id) = (&world, &id);
                     let how = if n % 2 == 0 { "capture" } else { "release" };
@@ -77,10 +77,13 @@ both!(
                 .buffer_unordered(8)
                 .try_collect()
                 .await?;
-            let ended = answers.iter().filter(|answer| answer.status < 300).count();
-            assert_eq!(ended, 1, "{answers:?}");
-            for answer in answers.iter().filter(|answer| answer.status >= 300) {
-                assert_eq!(answer.problem(), (409, "hold-not-open"));
+            let ended = responses
+                .iter()
+                .filter(|response| response.status < 300)
+                .count();
+            assert_eq!(ended, 1, "{responses:?}");
+            for response in responses.iter().filter(|response| response.status >= 300) {
+                assert_eq!(response.problem(), (409, "hold-not-open"));
             }
         }
         check_books(&world.database).await?;

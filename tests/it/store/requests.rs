@@ -29,7 +29,7 @@ fn key(name: &str, fingerprint: u8) -> RequestKey {
     }
 }
 
-fn answer(body: &'static [u8]) -> HttpResponse {
+fn response(body: &'static [u8]) -> HttpResponse {
     let headers = vec![
         ("x-odd".to_owned(), "caf\u{e9}".to_owned()),
         ("x-odd".to_owned(), "2".to_owned()),
@@ -51,7 +51,7 @@ async fn claim(world: &World, key: &RequestKey) -> ClaimedRequest {
 async fn settle(world: &World, key: &RequestKey, body: &'static [u8], keep: Duration) {
     let mut tx = world.begin().await;
     assert_eq!(tx.claim_request(key).await.unwrap(), ClaimedRequest::Fresh);
-    tx.answer_request(key, &answer(body), keep).await.unwrap();
+    tx.store_response(key, &response(body), keep).await.unwrap();
     tx.commit().await.unwrap();
 }
 
@@ -59,7 +59,7 @@ async fn a_stored_response_is_returned_again(world: World) {
     settle(&world, &key("a", 1), b"\x00body", HOUR).await;
     assert_eq!(
         claim(&world, &key("a", 1)).await,
-        ClaimedRequest::Answered(answer(b"\x00body"))
+        ClaimedRequest::Answered(response(b"\x00body"))
     );
     let others = [
         RequestKey {
@@ -101,7 +101,7 @@ async fn a_rolled_back_request_leaves_its_key_fresh(world: World) {
         tx.claim_request(&key("a", 1)).await.unwrap(),
         ClaimedRequest::Fresh
     );
-    tx.answer_request(&key("a", 1), &answer(b""), HOUR)
+    tx.store_response(&key("a", 1), &response(b""), HOUR)
         .await
         .unwrap();
     tx.rollback().await;
@@ -113,7 +113,7 @@ async fn a_key_is_free_after_its_window(world: World) {
     settle(&world, &key("a", 2), b"second", HOUR).await;
     assert_eq!(
         claim(&world, &key("a", 2)).await,
-        ClaimedRequest::Answered(answer(b"second"))
+        ClaimedRequest::Answered(response(b"second"))
     );
 }
 
@@ -135,14 +135,14 @@ async fn concurrent_claims_never_both_get_the_key(world: World) {
     );
     assert_eq!(claim(&world, &key("b", 1)).await, ClaimedRequest::Fresh);
     first
-        .answer_request(&key("a", 1), &answer(b""), HOUR)
+        .store_response(&key("a", 1), &response(b""), HOUR)
         .await
         .unwrap();
     assert_eq!(claim(&world, &key("a", 1)).await, ClaimedRequest::InFlight);
     first.commit().await.unwrap();
     assert_eq!(
         claim(&world, &key("a", 1)).await,
-        ClaimedRequest::Answered(answer(b""))
+        ClaimedRequest::Answered(response(b""))
     );
 }
 
@@ -168,7 +168,7 @@ async fn keys_are_kept_across_partition_rotations(world: World) {
         while world.store.delete_expired(&retire).await.unwrap() {}
         assert_eq!(
             claim(&world, &key("long", 1)).await,
-            ClaimedRequest::Answered(answer(b"long"))
+            ClaimedRequest::Answered(response(b"long"))
         );
         assert_eq!(
             claim(&world, &key("long", 2)).await,

@@ -367,13 +367,13 @@ async fn a_value_refused_by_platform_tables_is_a_guest_failure(world: World) {
     for status in [199, 600, 999] {
         let mut tx = world.begin().await;
         tx.claim_request(&request).await.unwrap();
-        let answer = HttpResponse {
+        let response = HttpResponse {
             status,
             headers: Vec::new(),
             body: bytes::Bytes::new(),
         };
         let kept = tx
-            .answer_request(&request, &answer, Duration::from_secs(60))
+            .store_response(&request, &response, Duration::from_secs(60))
             .await;
         assert!(
             matches!(kept, Err(StoreError::Refused(_))),

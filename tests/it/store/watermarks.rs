@@ -50,7 +50,7 @@ async fn a_watermark_is_known_once_it_is_written(world: World) {
         (
             watermarks.last,
             watermarks.acknowledged,
-            watermarks.known,
+            watermarks.requested_written_at,
             watermarks.has_recovered
         ),
         (None, None, None, false)
@@ -67,8 +67,8 @@ async fn a_watermark_is_known_once_it_is_written(world: World) {
     );
     assert!(
         watermarks
-            .known
-            .is_some_and(|known| known <= last.written_at)
+            .requested_written_at
+            .is_some_and(|written_at| written_at <= last.written_at)
     );
     assert!(
         world
@@ -76,10 +76,18 @@ async fn a_watermark_is_known_once_it_is_written(world: World) {
             .watermarks(Some("c"))
             .await
             .unwrap()
-            .known
+            .requested_written_at
             .is_none()
     );
-    assert!(world.store.watermarks(None).await.unwrap().known.is_none());
+    assert!(
+        world
+            .store
+            .watermarks(None)
+            .await
+            .unwrap()
+            .requested_written_at
+            .is_none()
+    );
 }
 
 async fn old_watermarks_are_deleted(world: World) {
@@ -93,14 +101,14 @@ async fn old_watermarks_are_deleted(world: World) {
             .unwrap();
     }
 
-    // While the broker does not accept a watermark, the present one stays valid.
+    // While NATS does not accept a watermark, the present one stays valid.
     assert!(
         world
             .store
             .watermarks(Some("0"))
             .await
             .unwrap()
-            .known
+            .requested_written_at
             .is_some()
     );
     world.store.acknowledge_watermark("104", 2).await.unwrap();
@@ -115,7 +123,7 @@ async fn old_watermarks_are_deleted(world: World) {
             .watermarks(Some("5"))
             .await
             .unwrap()
-            .known
+            .requested_written_at
             .is_none()
     );
     assert!(
@@ -124,7 +132,7 @@ async fn old_watermarks_are_deleted(world: World) {
             .watermarks(Some("6"))
             .await
             .unwrap()
-            .known
+            .requested_written_at
             .is_some()
     );
 }

@@ -106,24 +106,27 @@ async fn close(
         .iter()
         .map(|dead_letter| dead_letter.id)
         .collect();
-    let mut moved: Vec<DeadLetterActionResult> = Vec::new();
+    let mut results: Vec<DeadLetterActionResult> = Vec::new();
     for chunk in ids.chunks(CHUNK_SIZE) {
         let request = CloseRequest {
             ids: chunk.to_vec(),
             action,
             by: by.clone(),
         };
-        moved.extend(
+        results.extend(
             client
                 .post::<_, Vec<DeadLetterActionResult>>("/dead-letters/close", &request)
                 .await?,
         );
     }
     if json {
-        term::json(&moved)?;
+        term::json(&results)?;
     } else {
-        let count = moved.iter().filter(|moved| moved.refused.is_none()).count();
-        term::data(format!("{participle}: {count} of {}", moved.len()))?;
+        let count = results
+            .iter()
+            .filter(|result| result.refused.is_none())
+            .count();
+        term::data(format!("{participle}: {count} of {}", results.len()))?;
     }
-    check_none_refused(&moved, participle)
+    check_none_refused(&results, participle)
 }

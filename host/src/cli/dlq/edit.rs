@@ -50,13 +50,13 @@ impl Edit {
             body: STANDARD.encode(&body),
             by: self.actor.with_note(Some(self.note)),
         };
-        let moved: Vec<DeadLetterActionResult> = client
+        let results: Vec<DeadLetterActionResult> = client
             .post(&format!("/dead-letters/{}/edit", self.id), &request)
             .await?;
         if self.json {
-            term::json(&moved)?;
+            term::json(&results)?;
         }
-        check_none_refused(&moved, "corrected")?;
+        check_none_refused(&results, "corrected")?;
         if !self.json {
             term::data(format!(
                 "dead letter {} has a corrected body of {} bytes",

@@ -115,7 +115,7 @@ impl Redrive {
             .collect();
         let by = self.actor.clone().with_note(self.note.clone());
         let throttle = Throttle::new(self.rate, CHUNK_SIZE_MAX);
-        let (moved, is_complete) = throttle
+        let (results, is_complete) = throttle
             .send(&wanted, async |dead_letters: &[store::Redrive]| {
                 let request = RedriveRequest {
                     dead_letters: dead_letters.to_vec(),
@@ -131,9 +131,9 @@ impl Redrive {
                 "resume with the same command and --until {started_at}, \
                  which leaves out those that died again since"
             );
-            return Err(interrupted(&moved, wanted.len())).hint(hint);
+            return Err(interrupted(&results, wanted.len())).hint(hint);
         }
-        self.report_results(client, &moved).await
+        self.report_results(client, &results).await
     }
 
     async fn redrive_plan(self, client: &Client, path: &Path) -> Result<()> {
@@ -150,7 +150,7 @@ impl Redrive {
         ));
         let by = self.actor.clone().with_note(self.note.clone());
         let throttle = Throttle::new(self.rate, PLAN_CHUNK_SIZE_MAX);
-        let (moved, is_complete) = throttle
+        let (results, is_complete) = throttle
             .send(&wanted, async |dead_letters: &[PlannedRedrive]| {
                 let request = RedrivePlanRequest {
                     dead_letters: dead_letters.to_vec(),
@@ -163,37 +163,42 @@ impl Redrive {
             .await?;
         if !is_complete {
             let hint = "resume with a new plan: oncely dlq redrive --all --dry-run --out plan.json";
-            return Err(interrupted(&moved, wanted.len())).hint(hint);
+            return Err(interrupted(&results, wanted.len())).hint(hint);
         }
-        self.report_results(client, &moved).await
+        self.report_results(client, &results).await
     }
 
     /// Waits for the results and prints them.
     async fn report_results(
         &self,
         client: &Client,
-        moved: &[DeadLetterActionResult],
+        results: &[DeadLetterActionResult],
     ) -> Result<()> {
         // Dead letters selected by a filter that took effect meanwhile are no failure. Those
         // selected by id are.
-        let (already_succeeded, moved): (Vec<DeadLetterActionResult>, Vec<DeadLetterActionResult>) =
-            moved
-                .iter()
-                .cloned()
-                .partition(|moved| moved.took_effect && !self.selection.is_by_id());
-        let mut summary = RedriveSummary::wait(client, &moved, self.wait).await?;
+        let (already_succeeded, results): (
+            Vec<DeadLetterActionResult>,
+            Vec<DeadLetterActionResult>,
+        ) = results
+            .iter()
+            .cloned()
+            .partition(|result| result.took_effect && !self.selection.is_by_id());
+        let mut summary = RedriveSummary::wait(client, &results, self.wait).await?;
         summary.already_succeeded = already_succeeded.len();
         if self.json {
             term::json(&summary)?;
         } else {
             term::data(summary.to_line())?;
         }
-        check_none_refused(&moved, "redriven")
+        check_none_refused(&results, "redriven")
     }
 }
 
-fn interrupted(moved: &[DeadLetterActionResult], wanted: usize) -> anyhow::Error {
-    let count = moved.iter().filter(|moved| moved.refused.is_none()).count();
+fn interrupted(results: &[DeadLetterActionResult], wanted: usize) -> anyhow::Error {
+    let count = results
+        .iter()
+        .filter(|result| result.refused.is_none())
+        .count();
     anyhow!("stopped after {count} of {wanted} dead letters")
 }
 
@@ -232,20 +237,23 @@ impl Throttle {
         let mut tick = tokio::time::interval(self.interval);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut progress = Progress::bar("redrive", dead_letters.len() as u64);
-        let mut moved: Vec<DeadLetterActionResult> = Vec::new();
+        let mut results: Vec<DeadLetterActionResult> = Vec::new();
         let mut stop = std::pin::pin!(tokio::signal::ctrl_c());
         for chunk in dead_letters.chunks(self.chunk) {
             tokio::select! {
                 biased;
-                _ = &mut stop => return Ok((moved, false)),
+                _ = &mut stop => return Ok((results, false)),
                 _ = tick.tick() => {}
             }
-            moved.extend(send(chunk).await?);
-            progress.set(moved.len() as u64);
+            results.extend(send(chunk).await?);
+            progress.set(results.len() as u64);
         }
-        let count = moved.iter().filter(|moved| moved.refused.is_none()).count();
+        let count = results
+            .iter()
+            .filter(|result| result.refused.is_none())
+            .count();
         progress.finish(&format!("{count} of {}", dead_letters.len()));
-        Ok((moved, true))
+        Ok((results, true))
     }
 }
 
@@ -262,20 +270,20 @@ struct RedriveSummary {
 }
 
 impl RedriveSummary {
-    /// Polls until all dead letters are settled, the time is over, or Ctrl-C is pressed.
+    /// Polls until no redrive is pending, the time is over, or Ctrl-C is pressed.
     async fn wait(
         client: &Client,
-        moved: &[DeadLetterActionResult],
+        results: &[DeadLetterActionResult],
         wait: Duration,
     ) -> Result<RedriveSummary> {
-        let ids: Vec<i64> = moved
+        let ids: Vec<i64> = results
             .iter()
-            .filter(|moved| moved.refused.is_none())
-            .map(|moved| moved.id)
+            .filter(|result| result.refused.is_none())
+            .map(|result| result.id)
             .collect();
-        let refused = moved
+        let refused = results
             .iter()
-            .filter(|moved| moved.refused.is_some())
+            .filter(|result| result.refused.is_some())
             .cloned()
             .collect();
         let mut summary = RedriveSummary {

@@ -159,14 +159,14 @@ fn user() -> String {
 }
 
 /// Fails if dead letters were refused, with the reasons.
-pub fn check_none_refused(moved: &[DeadLetterActionResult], participle: &str) -> Result<()> {
-    let refused: Vec<(i64, &str)> = moved
+pub fn check_none_refused(results: &[DeadLetterActionResult], participle: &str) -> Result<()> {
+    let refused: Vec<(i64, &str)> = results
         .iter()
-        .filter_map(|moved| Some((moved.id, moved.refused.as_deref()?)))
+        .filter_map(|result| Some((result.id, result.refused.as_deref()?)))
         .collect();
     match refused.as_slice() {
         [] => Ok(()),
-        [(id, why)] if moved.len() == 1 => {
+        [(id, why)] if results.len() == 1 => {
             Err(anyhow!("{why}").context(format!("dead letter {id} was not {participle}")))
         }
         refused => {
@@ -176,7 +176,7 @@ pub fn check_none_refused(moved: &[DeadLetterActionResult], participle: &str) ->
             Err(anyhow!(
                 "{} of {} dead letters were not {participle}",
                 refused.len(),
-                moved.len()
+                results.len()
             ))
         }
     }

@@ -154,7 +154,7 @@ pub struct Limits {
     /// The result of one query, in bytes.
     pub sql_size: u64,
     /// The body of a response, in bytes.
-    pub answer_size: u64,
+    pub response_size: u64,
     /// One value of keyed state, in bytes.
     pub state_size: u64,
     /// The number of state keys that it may read or change.
@@ -176,7 +176,7 @@ impl Default for Limits {
             sql_statements: 1000,
             sql_rows: 10_000,
             sql_size: 16 << 20,
-            answer_size: 4 << 20,
+            response_size: 4 << 20,
             state_size: 1 << 20,
             state_entries: 10_000,
             state_entries_size: 16 << 20,

@@ -63,7 +63,7 @@ pub(super) const LIMITS_KEYS: [&str; 13] = [
     "sql_statements",
     "sql_rows",
     "sql_size",
-    "answer_size",
+    "response_size",
     "state_size",
     "state_entries",
     "state_entries_size",
@@ -485,7 +485,12 @@ fn limits(section: &Section<'_>) -> anyhow::Result<Limits> {
         )?,
         sql_rows: count("sql_rows", "10000", 0..=10_000_000, default.sql_rows)?,
         sql_size: size("sql_size", "\"16MiB\"", 1..=GIB, default.sql_size)?,
-        answer_size: size("answer_size", "\"4MiB\"", 1..=64 << 20, default.answer_size)?,
+        response_size: size(
+            "response_size",
+            "\"4MiB\"",
+            1..=64 << 20,
+            default.response_size,
+        )?,
         state_size: size("state_size", "\"1MiB\"", 1..=64 << 20, default.state_size)?,
         state_entries: count(
             "state_entries",

@@ -45,7 +45,7 @@ outputs_size = "4KiB"
 sql_statements = 5
 sql_rows = 6
 sql_size = "7"
-answer_size = "10B"
+response_size = "10B"
 state_size = "8B"
 state_entries = 11
 state_entries_size = "12B"
@@ -117,7 +117,7 @@ fn every_key_of_a_manifest_is_read() {
             sql_statements: 5,
             sql_rows: 6,
             sql_size: 7,
-            answer_size: 10,
+            response_size: 10,
             state_size: 8,
             state_entries: 11,
             state_entries_size: 12,
@@ -639,6 +639,16 @@ fn every_manifest_key_is_in_the_reference() {
             assert!(
                 section.contains(&format!("\n| `{key}` |")),
                 "{heading} lacks `{key}`"
+            );
+        }
+        let documented = section.lines().filter_map(|line| {
+            let (key, _) = line.strip_prefix("| `")?.split_once("` |")?;
+            Some(key)
+        });
+        for key in documented {
+            assert!(
+                keys.contains(&key),
+                "{heading} has `{key}`, which is no key"
             );
         }
     }

@@ -53,7 +53,7 @@ impl CallState {
         }
         let limits = self.call.worker.limits.sql();
         match self.call.database.query(statement, params, limits).await {
-            Ok(answer) => Ok(answer),
+            Ok(result) => Ok(result),
             Err(error) => self.host_error(error),
         }
     }
@@ -67,7 +67,7 @@ impl CallState {
             return Ok(Err(error));
         }
         match self.call.database.execute(statement, params).await {
-            Ok(answer) => Ok(answer),
+            Ok(result) => Ok(result),
             Err(error) => self.host_error(error),
         }
     }
@@ -117,7 +117,7 @@ impl sql::Host for CallState {
             statement: statement.clone(),
             params: params.clone(),
         };
-        let answer = match self
+        let result = match self
             .call
             .recorder
             .begin_call(statement_size(&statement, &params), call)?
@@ -126,17 +126,17 @@ impl sql::Host for CallState {
             Some(HostResult::Refused(error)) => Err(error),
             Some(_) => return self.call.recorder.mismatch(),
             None => {
-                let answer = self.run_query(statement, params).await?;
-                let size = answer.as_ref().map_or(0, Rows::size);
+                let result = self.run_query(statement, params).await?;
+                let size = result.as_ref().map_or(0, Rows::size);
                 self.call.recorder.finish_call(size, || {
-                    answer
+                    result
                         .clone()
                         .map_or_else(HostResult::Refused, HostResult::Rows)
                 });
-                answer
+                result
             }
         };
-        Ok(answer
+        Ok(result
             .map(wit_rows)
             .map_err(|error| self.statement_failed(error)))
     }
@@ -152,7 +152,7 @@ impl sql::Host for CallState {
             statement: statement.clone(),
             params: params.clone(),
         };
-        let answer = match self
+        let result = match self
             .call
             .recorder
             .begin_call(statement_size(&statement, &params), call)?
@@ -161,16 +161,16 @@ impl sql::Host for CallState {
             Some(HostResult::Refused(error)) => Err(error),
             Some(_) => return self.call.recorder.mismatch(),
             None => {
-                let answer = self.run_execute(statement, params).await?;
+                let result = self.run_execute(statement, params).await?;
                 self.call.recorder.finish_call(0, || {
-                    answer
+                    result
                         .clone()
                         .map_or_else(HostResult::Refused, HostResult::Changed)
                 });
-                answer
+                result
             }
         };
-        Ok(answer.map_err(|error| self.statement_failed(error)))
+        Ok(result.map_err(|error| self.statement_failed(error)))
     }
 }
 

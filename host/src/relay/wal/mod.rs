@@ -2,8 +2,8 @@
 //! step towards the requested one. One host is the reader.
 //!
 //! The reader receives outputs in the order of their commits and hands them to the relay. It
-//! regularly records the position up to which all outputs are settled. An output that fails is left
-//! to the poller, which handles all retries. A failing output therefore never delays the position.
+//! regularly records the position up to which all outputs are published or left to the poller. The
+//! poller handles all retries. A failing output therefore never delays the position.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ mod tracker;
 use tracker::Tracker;
 pub use tracker::WalOutcome;
 
-/// How often a host polls the relay mode and the position of the reader.
+/// Interval at which a host polls the relay mode and the position of the reader.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Delay before the next step when other hosts have to finish something first.
@@ -46,8 +46,8 @@ const BATCH_MAX: usize = 500;
 const VISIBILITY_RETRY_DELAY: Duration = Duration::from_millis(1);
 const VISIBILITY_RETRY_DELAY_MAX: Duration = Duration::from_millis(20);
 
-/// How often outcomes are recorded, how many at once, and how often the position is recorded
-/// without outcomes.
+/// Interval at which outcomes are recorded, their maximum number at once, and the interval at which
+/// the position is recorded without outcomes.
 const RECORD_INTERVAL: Duration = Duration::from_millis(20);
 const RECORD_MAX: usize = 2_000;
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(250);
@@ -294,7 +294,7 @@ impl WalRelay {
         );
         let task = async move {
             // The relay may be full, or gone.
-            let Ok(room) = to_relay.reserve().await else {
+            let Ok(permit) = to_relay.reserve().await else {
                 return Ok(());
             };
             let Blockers { since, blocked_by } = batch.read_blockers(&*wal).await?;
@@ -318,7 +318,7 @@ impl WalRelay {
             outputs.look_up_published(&bus, &metrics).await;
             let rows = with_actions(rows, &blocked_by, outputs);
             fault::point(fault::WAL_READ);
-            room.send(WalOutputs {
+            permit.send(WalOutputs {
                 is_first,
                 rows,
                 since,
@@ -385,11 +385,11 @@ fn with_actions(
     let published = outputs
         .already_published
         .into_iter()
-        .map(|place| (place.seq, WalAction::Published(place)));
+        .map(|published| (published.seq, WalAction::Published(published)));
     let unpublished = outputs
         .unpublished
         .into_iter()
-        .map(|(seq, how)| (seq, WalAction::Poll(how)));
+        .map(|(seq, outcome)| (seq, WalAction::Poll(outcome)));
     let mut actions: HashMap<i64, WalAction> = published.chain(unpublished).collect();
     let blocked_by = blocked_by
         .iter()
@@ -494,7 +494,7 @@ impl WalSession {
         since >= HEARTBEAT_INTERVAL || (since >= RECORD_INTERVAL && self.tracker.has_outcomes())
     }
 
-    /// Records the position up to which all outputs are settled.
+    /// Records the position up to which all outputs have an outcome.
     ///
     /// Returns false when this host is no longer the reader, or when the state of the broker is
     /// unknown. After a new connection or a loss, a stream may lack messages that it acknowledged

@@ -1,4 +1,4 @@
-//! Tracker of the WAL reader: the position in commit order up to which all outputs are settled.
+//! Tracker of the WAL reader: the position in commit order up to which all outputs have an outcome.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
@@ -13,7 +13,7 @@ pub enum WalOutcome {
     /// Left to the poller. These outcomes are numbered.
     Poll {
         seq: i64,
-        how: Unpublished,
+        outcome: Unpublished,
         number: u64,
     },
 }
@@ -96,7 +96,7 @@ impl Tracker {
     /// Applies an outcome. An unknown output was received by an earlier reader.
     pub fn on_outcome(&mut self, outcome: WalOutcome) {
         let seq = match &outcome {
-            WalOutcome::Published(place) => place.seq,
+            WalOutcome::Published(published) => published.seq,
             WalOutcome::Poll { seq, .. } => *seq,
         };
         if let WalOutcome::Poll { number, .. } = outcome {
@@ -113,9 +113,13 @@ impl Tracker {
         };
         transaction.open_count -= 1;
         match outcome {
-            WalOutcome::Published(place) => transaction.published.push(place),
-            WalOutcome::Poll { seq, how, number } => {
-                transaction.unpublished.push((seq, how));
+            WalOutcome::Published(published) => transaction.published.push(published),
+            WalOutcome::Poll {
+                seq,
+                outcome,
+                number,
+            } => {
+                transaction.unpublished.push((seq, outcome));
                 transaction.numbers.push(number);
                 self.unrecorded.insert(number);
             }
@@ -129,7 +133,7 @@ impl Tracker {
             .is_some_and(|transaction| transaction.is_complete() && transaction.at.is_some())
     }
 
-    /// The position up to which all outputs are settled.
+    /// The position up to which all outputs have an outcome.
     pub fn position(&self) -> Lsn {
         self.position
     }
@@ -141,7 +145,7 @@ impl Tracker {
             .map_or(self.highest_number, |first| first - 1)
     }
 
-    /// Takes settled transactions until the record has at least `max` outputs. Also returns the
+    /// Takes completed transactions until the record has at least `max` outputs. Also returns the
     /// numbers for [`Tracker::written`].
     pub fn take(&mut self, max: usize) -> (WalRecord, Vec<u64>) {
         let mut record = WalRecord::default();
@@ -207,7 +211,7 @@ impl Snapshots {
         push(&mut self.numbers, (snapshot.last_output, snapshot.next));
     }
 
-    /// The output number and the time up to which all outputs are settled.
+    /// The output number and the time up to which all outputs have an outcome.
     fn passed(&mut self, position: Lsn) -> (Option<i64>, Option<Timestamp>) {
         (
             take_passed(&mut self.placed, position),
@@ -226,7 +230,7 @@ fn push<T>(entries: &mut VecDeque<T>, entry: T) {
 
 fn take_passed<T>(entries: &mut VecDeque<(T, Lsn)>, position: Lsn) -> Option<T> {
     let mut last = None;
-    while entries.front().is_some_and(|(_, place)| *place <= position) {
+    while entries.front().is_some_and(|(_, end)| *end <= position) {
         last = entries.pop_front().map(|(value, _)| value);
     }
     last
@@ -251,7 +255,7 @@ mod tests {
     fn poll_outcome(seq: i64, number: u64) -> WalOutcome {
         WalOutcome::Poll {
             seq,
-            how: Unpublished::BlockedBy(1),
+            outcome: Unpublished::BlockedBy(1),
             number,
         }
     }
@@ -303,7 +307,7 @@ mod tests {
         assert_eq!(tracker.take(100).0.position, 5);
         tracker.on_outcome(published(1));
         assert_eq!(tracker.take(100).0.position, 16);
-        // A transaction whose outputs were all settled before.
+        // A transaction whose outputs all had an outcome before.
         tracker.committed(20, at(2));
         assert_eq!(tracker.take(100).0.position, 20);
     }

@@ -59,9 +59,9 @@ pub(super) async fn depths(session: &mut Session) -> Result<Vec<DeadLetterDepth>
 
 /// Applies the updates of alarms that have not changed since they were read, in lock order, and
 /// appends their messages.
-pub(super) async fn apply(session: &mut Session, moves: &[AlarmUpdate]) -> Result<AlarmNotices> {
+pub(super) async fn apply(session: &mut Session, updates: &[AlarmUpdate]) -> Result<AlarmNotices> {
     let mut notices = Vec::new();
-    for step in shared::in_lock_order(moves) {
+    for step in shared::in_lock_order(updates) {
         notices.extend(match step.step {
             AlarmStep::Raise => raise(session, step).await?,
             AlarmStep::Clear => clear(session, step).await?,

@@ -100,7 +100,7 @@ pub(super) async fn groups(
                 $which,
                 "), grouped as (
                      select group_id, worker, subject, pg_catalog.count(*) as dead_letters, pg_catalog.min(died_at) as first,
-                         pg_catalog.max(died_at) as last, pg_catalog.max(id) as last_letter
+                         pg_catalog.max(died_at) as last, pg_catalog.max(id) as last_dead_letter
                      from found group by group_id, worker, subject
                  )
                  select grouped.*, dead_letter_group.id, reason, code, shape, place
@@ -141,7 +141,7 @@ pub(super) async fn find(session: &mut Session, id: i64) -> Result<Option<DeadLe
     dead_letter.attempts = attempts::for_event(session, &worker, &event_id).await?;
     dead_letter.edits = edits(session, id).await?;
     dead_letter.audit = audit(session, id).await?;
-    dead_letter.settled = settled(session, &worker, &event_id).await?;
+    dead_letter.inbox = inbox_state(session, &worker, &event_id).await?;
     dead_letter.outputs = outputs(session, &worker, &event_id).await?;
     Ok(Some(dead_letter))
 }
@@ -172,7 +172,7 @@ async fn audit(session: &mut Session, id: i64) -> Result<Vec<AuditRecord>> {
     Ok(rows::list(&rows, rows::dead_letter_audit))
 }
 
-async fn settled(
+async fn inbox_state(
     session: &mut Session,
     worker: &str,
     event_id: &str,
@@ -187,7 +187,7 @@ async fn settled(
         .fetch_optional(session.connection())
         .await
         .map_err(|error| errors::from_statement(error, "find an event"))?;
-    row.as_ref().map(rows::settled).transpose()
+    row.as_ref().map(rows::inbox_state).transpose()
 }
 
 async fn outputs(

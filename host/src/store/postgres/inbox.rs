@@ -33,7 +33,7 @@ pub(super) async fn claim(
     if !unseen.is_empty() {
         found.extend(find_existing(session, worker, &unseen).await?);
     }
-    let answer = |claim: &Claim| match found.get(&claim.event_id) {
+    let result_of = |claim: &Claim| match found.get(&claim.event_id) {
         Some(found) => Ok(shared::claimed(
             claim,
             found.existing_payload.as_deref(),
@@ -44,7 +44,7 @@ pub(super) async fn claim(
             claim.event_id
         ))),
     };
-    claims.iter().map(answer).collect()
+    claims.iter().map(result_of).collect()
 }
 
 /// Deletes the dead record of a redriven event, so that the event can be claimed.

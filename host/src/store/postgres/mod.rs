@@ -239,7 +239,7 @@ impl PostgresStore {
         retention: &RetentionPolicy,
     ) -> Result<bool> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        let done = partitions::step(&mut session, table, keep, retention).await?;
+        let done = partitions::run_next_step(&mut session, table, keep, retention).await?;
         session.commit().await?;
         Ok(done)
     }
@@ -425,7 +425,7 @@ impl Store for PostgresStore {
             dead_lettering::dead_letter(&mut session, dead_letters, new_failures).await?;
         session.commit().await?;
         Ok(DeadLettered {
-            settled: vec![Settled::seen_by_store(); dead_letters.len()],
+            proofs: vec![Settled::seen_by_store(); dead_letters.len()],
             notices,
             alarms,
         })
@@ -676,9 +676,9 @@ impl Store for PostgresStore {
         Ok(alarms)
     }
 
-    async fn apply_alarm_updates(&self, moves: &[alarm::AlarmUpdate]) -> Result<AlarmNotices> {
+    async fn apply_alarm_updates(&self, updates: &[alarm::AlarmUpdate]) -> Result<AlarmNotices> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        let notices = alarms::apply(&mut session, moves).await?;
+        let notices = alarms::apply(&mut session, updates).await?;
         session.commit().await?;
         Ok(notices)
     }
@@ -689,11 +689,11 @@ impl Store for PostgresStore {
         attribution: &Attribution,
     ) -> Result<(Vec<DeadLetterActionResult>, Vec<OutboxRow>)> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        let moved = redrive::redrive(&mut session, dead_letters, attribution).await?;
+        let results = redrive::redrive(&mut session, dead_letters, attribution).await?;
         fault::point(fault::BEFORE_REDRIVE);
         session.commit().await?;
         fault::point(fault::AFTER_REDRIVE);
-        Ok(moved)
+        Ok(results)
     }
 
     async fn redriven_message(
@@ -722,9 +722,9 @@ impl Store for PostgresStore {
         attribution: &Attribution,
     ) -> Result<Vec<DeadLetterActionResult>> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        let moved = redrive::update_dead_letters(&mut session, ids, action, attribution).await?;
+        let results = redrive::update_dead_letters(&mut session, ids, action, attribution).await?;
         session.commit().await?;
-        Ok(moved)
+        Ok(results)
     }
 
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {

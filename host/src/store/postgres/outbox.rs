@@ -244,7 +244,7 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
         .execute(session.connection())
         .await
         .map_err(|error| errors::from_statement(error, "record published outputs"))?;
-    shared::check_count(result.rows_affected(), published.len())
+    shared::check_all_recorded(result.rows_affected(), published.len())
 }
 
 /// Releases leases that this host still has: another host may have taken over meanwhile.

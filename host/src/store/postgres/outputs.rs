@@ -118,7 +118,7 @@ pub(super) async fn lag(session: &mut Session) -> Result<Vec<OutboxLag>> {
     let query = session.query(
         "with unpublished as (
              select outbox.worker, outbox.due_at, outbox.parked_at is not null as is_parked,
-                 before.parked_at is not null as is_held
+                 before.parked_at is not null as is_blocked
              from oncely.outbox left join oncely.outbox as before on before.seq = outbox.blocked_by
              where outbox.published_at is null and outbox.via = 'poll'
              union all
@@ -126,8 +126,8 @@ pub(super) async fn lag(session: &mut Session) -> Result<Vec<OutboxLag>> {
          )
          select worker, pg_catalog.count(*) filter (where due_at <= pg_catalog.now()) as unpublished,
              (extract(epoch from pg_catalog.now() - pg_catalog.min(due_at) filter (
-                 where due_at <= pg_catalog.now() and not is_parked and not is_held)) * 1000)::bigint as oldest_ms,
-             pg_catalog.count(*) filter (where is_parked) as parked, pg_catalog.count(*) filter (where is_held) as held
+                 where due_at <= pg_catalog.now() and not is_parked and not is_blocked)) * 1000)::bigint as oldest_ms,
+             pg_catalog.count(*) filter (where is_parked) as parked, pg_catalog.count(*) filter (where is_blocked) as blocked
          from unpublished group by worker order by worker",
     );
     let rows = query

@@ -86,12 +86,12 @@ impl Rotation {
 }
 
 /// Runs the next step for a table whose rows are kept for `keep`. Returns whether a step was done.
-/// None is done while another host runs one, or if more rows than `retention.limit` would have to
+/// Does nothing while another host rotates, or if more rows than `retention.limit` would have to
 /// move to the current partition.
 ///
 /// # Errors
 /// `Conflict` if an open transaction does not end in time.
-pub(super) async fn step(
+pub(super) async fn run_next_step(
     session: &mut Session,
     table: PartitionedTable,
     keep: Duration,
@@ -189,11 +189,11 @@ async fn truncate_oldest(
         return Ok(false);
     };
     let (name, current) = (table.name(), rotation.part);
-    let still_needed = still_needed(table, keep);
+    let unexpired = unexpired(table, keep);
 
     // An outbox partition stays while it has many unpublished rows, or unpublished WAL outputs.
     if table == PartitionedTable::Outbox
-        && (has_more_than(session, *part, &still_needed, retention.limit).await?
+        && (has_more_than(session, *part, &unexpired, retention.limit).await?
             || has_wal_outputs(session, *part).await?)
     {
         return Ok(false);
@@ -202,7 +202,7 @@ async fn truncate_oldest(
         totals::record_completed_redrives(session).await?;
     }
 
-    // Archive the expired rows. Answers to requests are not archived.
+    // Archive the expired rows. Responses to requests are not archived.
     if let (Some(folder), PartitionedTable::Inbox | PartitionedTable::Outbox) =
         (&retention.archive, table)
     {
@@ -212,7 +212,7 @@ async fn truncate_oldest(
             "*"
         };
         let leaving =
-            format!("select {rows} from oncely.{name}_{part} as {name} where not ({still_needed})");
+            format!("select {rows} from oncely.{name}_{part} as {name} where not ({unexpired})");
         archive(
             session,
             &leaving,
@@ -229,12 +229,12 @@ async fn truncate_oldest(
         )
         .await?;
     if table == PartitionedTable::Outbox {
-        settle_wal_outputs(session, *part, current, &still_needed).await?;
+        settle_wal_outputs(session, *part, current, &unexpired).await?;
     }
 
     // Move the unexpired rows, then truncate.
     let emptied = format!(
-        "update oncely.{name} set partition = {current} where partition = {part} and {still_needed};
+        "update oncely.{name} set partition = {current} where partition = {part} and {unexpired};
          truncate oncely.{name}_{part};
          update oncely.partition_rotation set earlier = earlier[2:], closed_at = closed_at[2:] where table_name = '{name}'"
     );
@@ -243,7 +243,7 @@ async fn truncate_oldest(
 }
 
 /// The condition for unexpired rows of an earlier partition.
-fn still_needed(table: PartitionedTable, keep: Duration) -> String {
+fn unexpired(table: PartitionedTable, keep: Duration) -> String {
     match table {
         // A dead event stays settled while its dead letter can be redriven.
         PartitionedTable::Inbox => "inbox.state = 'dead' and exists (
@@ -291,12 +291,12 @@ async fn archive(session: &mut Session, rows: &str, file: ArchiveFile) -> Result
 async fn has_more_than(
     session: &mut Session,
     part: i16,
-    still_needed: &str,
+    unexpired: &str,
     limit: u32,
 ) -> Result<bool> {
     let count = format!(
         "select pg_catalog.count(*) from (
-             select from oncely.outbox_{part} as outbox where {still_needed} limit {limit} + 1) as moving_on"
+             select from oncely.outbox_{part} as outbox where {unexpired} limit {limit} + 1) as moving_on"
     );
     let counted = raw_sql(AssertSqlSafe(count))
         .fetch_one(session.connection())
@@ -328,7 +328,7 @@ async fn settle_wal_outputs(
     session: &mut Session,
     part: i16,
     current: i16,
-    still_needed: &str,
+    unexpired: &str,
 ) -> Result<()> {
     let settled = format!(
         "update oncely.outbox
@@ -337,7 +337,7 @@ async fn settle_wal_outputs(
          from (select one.seq as recorded_seq, record.stream, one.sequence, record.published_at
                from oncely.relay_record as record
                    cross join unnest(record.seqs, record.sequences) as one (seq, sequence)) as recorded
-         where partition = {part} and via = 'wal' and seq = recorded_seq and {still_needed}"
+         where partition = {part} and via = 'wal' and seq = recorded_seq and {unexpired}"
     );
     session
         .run(settled, "move published outputs of the WAL")

@@ -29,8 +29,8 @@ pub(super) async fn redrive(
     let mut refused = Vec::new();
     let mut dead_letters = Vec::new();
     for dead_letter in lock_dead_letters(session, &ids).await? {
-        let against = wanted.iter().find(|redrive| redrive.id == dead_letter.id);
-        match against.and_then(|wanted| dead_letter.redrive_refusal(wanted)) {
+        let request = wanted.iter().find(|redrive| redrive.id == dead_letter.id);
+        match request.and_then(|request| dead_letter.redrive_refusal(request)) {
             Some(why) => refused.push((dead_letter.id, why)),
             None => dead_letters.push(dead_letter),
         }
@@ -65,17 +65,16 @@ pub(super) async fn redrive(
     Ok((dead_letters::action_results(ids, &refused, &done), rows))
 }
 
-/// Closes or edits dead letters. A redriven event that is not settled is settled as dead before its
-/// dead letter is closed.
+/// Closes or edits dead letters. Before redriven ones are closed, their deliveries in progress end.
 pub(super) async fn update_dead_letters(
     session: &mut Session,
     ids: &[i64],
     action: &DeadLetterAction,
     attribution: &Attribution,
 ) -> Result<Vec<DeadLetterActionResult>> {
-    // Lock the dead letters, settle redriven events, and check each.
+    // Lock the dead letters, wait for redriven ones in progress, and check each.
     let mut found = lock_dead_letters(session, ids).await?;
-    if action.closed_state().is_some() && settle_in_flight(session, &found).await? > 0 {
+    if action.closed_state().is_some() && wait_for_redriven_deliveries(session, &found).await? > 0 {
         found = lock_dead_letters(session, ids).await?;
     }
     let mut refused = Vec::new();
@@ -235,9 +234,9 @@ async fn start_generation(session: &mut Session, ids: &[i64]) -> Result<()> {
     Ok(())
 }
 
-/// Settles redriven events as dead. Locks the events and so waits for deliveries that have claimed
-/// one. Returns the number of redriven dead letters.
-async fn settle_in_flight(
+/// Locks the inbox rows of redriven events, to wait for deliveries that claimed them. Returns the
+/// number of redriven dead letters.
+async fn wait_for_redriven_deliveries(
     session: &mut Session,
     dead_letters: &[LockedDeadLetter],
 ) -> Result<usize> {
@@ -248,7 +247,7 @@ async fn settle_in_flight(
     if in_flight.is_empty() {
         return Ok(0);
     }
-    let context = |error| errors::from_statement(error, "settle redriven events");
+    let context = |error| errors::from_statement(error, "lock redriven events");
     let workers: Vec<_> = in_flight
         .iter()
         .map(|dead_letter| dead_letter.worker.as_str())
@@ -267,7 +266,7 @@ async fn settle_in_flight(
         .execute(session.connection())
         .await
         .map_err(context)?;
-    // Settle events without a record, which were redriven by an earlier version.
+    // Add missing rows, of events that were redriven by an earlier version of Oncely.
     let query = session.query("select from oncely.settle_dead($1, $2, $3, null, null)");
     query
         .bind(workers)

@@ -1,5 +1,5 @@
 //! Idempotency keys of requests: an advisory lock while a request is handled, a row after its
-//! answer.
+//! response.
 
 use std::time::Duration;
 
@@ -43,11 +43,11 @@ pub(super) async fn claim(
     match (in_flight, other) {
         (_, true) => Ok(ClaimedRequest::OtherRequest),
         (true, false) => Ok(ClaimedRequest::InFlight),
-        (false, false) => answer(&row).map(ClaimedRequest::Answered),
+        (false, false) => response(&row).map(ClaimedRequest::Answered),
     }
 }
 
-fn answer(row: &PgRow) -> Result<HttpResponse> {
+fn response(row: &PgRow) -> Result<HttpResponse> {
     let read = || {
         Ok((
             row.try_get("status")?,
@@ -56,20 +56,20 @@ fn answer(row: &PgRow) -> Result<HttpResponse> {
         ))
     };
     let (status, headers, body): (i32, String, Vec<u8>) =
-        read().map_err(|error| errors::from_statement(error, "read a stored answer"))?;
-    shared::stored_answer(status.into(), &headers, body)
+        read().map_err(|error| errors::from_statement(error, "read a stored response"))?;
+    shared::stored_response(status.into(), &headers, body)
 }
 
-/// Stores the answer to a key that this transaction claimed.
-pub(super) async fn store_answer(
+/// Stores the response to a key that this transaction claimed.
+pub(super) async fn store_response(
     session: &mut Session,
     worker: &str,
     request: &RequestKey,
-    answer: &HttpResponse,
+    response: &HttpResponse,
     keep: Duration,
 ) -> Result<()> {
     let query = session
-        .query("select oncely_definer.answer_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)");
+        .query("select oncely_definer.store_response($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)");
     let row = query
         .bind(session.token())
         .bind(worker)
@@ -77,13 +77,13 @@ pub(super) async fn store_answer(
         .bind(&request.caller)
         .bind(&request.key)
         .bind(request.fingerprint.as_slice())
-        .bind(i32::from(answer.status))
-        .bind(shared::headers_to_text(&answer.headers)?)
-        .bind(answer.body.as_ref())
+        .bind(i32::from(response.status))
+        .bind(shared::headers_to_text(&response.headers)?)
+        .bind(response.body.as_ref())
         .bind(shared::micros(keep))
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "store an answer"))?;
+        .map_err(|error| errors::from_statement(error, "store a response"))?;
     match row.try_get(0) {
         Ok(true) => Ok(()),
         Ok(false) => Err(StoreError::Conflict(anyhow!(
@@ -91,7 +91,7 @@ pub(super) async fn store_answer(
         ))),
         Err(error) => Err(errors::from_statement(
             error,
-            "read whether an answer was stored",
+            "read whether a response was stored",
         )),
     }
 }

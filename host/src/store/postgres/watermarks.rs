@@ -42,7 +42,7 @@ pub(super) async fn read(session: &mut Session, on_broker: Option<&str>) -> Resu
     Ok(Watermarks {
         last: last.as_ref().map(read_watermark).transpose()?,
         acknowledged: acknowledged.as_ref().map(read_acknowledged).transpose()?,
-        known: row
+        requested_written_at: row
             .try_get::<Option<i64>, _>(0)
             .map_err(context)?
             .map(shared::timestamp)

@@ -55,9 +55,9 @@ pub(super) async fn depths(readers: &SqlitePool) -> Result<Vec<DeadLetterDepth>>
 
 /// Applies the steps of alarms that are unchanged since they were read, in the order of their keys.
 /// Appends their notices to the outbox.
-pub(super) async fn apply(session: &mut Session, moves: &[AlarmUpdate]) -> Result<AlarmNotices> {
+pub(super) async fn apply(session: &mut Session, updates: &[AlarmUpdate]) -> Result<AlarmNotices> {
     let mut notices = Vec::new();
-    for step in shared::in_lock_order(moves) {
+    for step in shared::in_lock_order(updates) {
         notices.extend(match step.step {
             AlarmStep::Raise => raise(session, step).await?,
             AlarmStep::Clear => clear(session, step).await?,

@@ -100,7 +100,7 @@ pub(super) async fn groups(
                 $which,
                 "), grouped as (
                      select group_id, worker, subject, count(*) as dead_letters, min(died_at) as first, max(died_at) as last,
-                         max(id) as last_letter
+                         max(id) as last_dead_letter
                      from found group by group_id, worker, subject
                  )
                  select grouped.*, dead_letter_group.id, reason, code, shape, place
@@ -140,7 +140,7 @@ pub(super) async fn find(readers: &SqlitePool, id: i64) -> Result<Option<DeadLet
     dead_letter.attempts = attempts::for_event(readers, &worker, &event_id).await?;
     dead_letter.edits = edits(readers, id).await?;
     dead_letter.audit = audit(readers, id).await?;
-    dead_letter.settled = settled(readers, &worker, &event_id).await?;
+    dead_letter.inbox = inbox_state(readers, &worker, &event_id).await?;
     dead_letter.outputs = outputs(readers, &worker, &event_id).await?;
     Ok(Some(dead_letter))
 }
@@ -169,7 +169,7 @@ async fn audit(readers: &SqlitePool, id: i64) -> Result<Vec<AuditRecord>> {
     Ok(rows::list(&rows, rows::dead_letter_audit))
 }
 
-async fn settled(
+async fn inbox_state(
     readers: &SqlitePool,
     worker: &str,
     event_id: &str,
@@ -184,7 +184,7 @@ async fn settled(
         .fetch_optional(readers)
         .await
         .map_err(|error| errors::from_statement(error, "look up an event"))?;
-    row.as_ref().map(rows::settled).transpose()
+    row.as_ref().map(rows::inbox_state).transpose()
 }
 
 async fn outputs(

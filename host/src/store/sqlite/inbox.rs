@@ -34,11 +34,11 @@ pub(super) async fn claim(
     let found = find_existing(session, worker, &given).await?;
 
     // An event id that was not inserted existed before.
-    let answer = |(claim, (payload, attempts)): (&Claim, &(Vec<u8>, i64))| {
+    let result_of = |(claim, (payload, attempts)): (&Claim, &(Vec<u8>, i64))| {
         let existing_payload = (!fresh.contains(&claim.event_id)).then_some(payload.as_slice());
         shared::claimed(claim, existing_payload, *attempts)
     };
-    Ok(claims.iter().zip(&found).map(answer).collect())
+    Ok(claims.iter().zip(&found).map(result_of).collect())
 }
 
 /// Reclaims a redriven event, so that it can be claimed although it is dead.

@@ -276,7 +276,7 @@ impl Store for SqliteStore {
             dead_lettering::dead_letter(&mut session, dead_letters, new_failures).await?;
         session.commit().await?;
         Ok(DeadLettered {
-            settled: vec![Settled::seen_by_store(); dead_letters.len()],
+            proofs: vec![Settled::seen_by_store(); dead_letters.len()],
             notices,
             alarms,
         })
@@ -464,9 +464,9 @@ impl Store for SqliteStore {
         alarms::list(&self.readers).await
     }
 
-    async fn apply_alarm_updates(&self, moves: &[alarm::AlarmUpdate]) -> Result<AlarmNotices> {
+    async fn apply_alarm_updates(&self, updates: &[alarm::AlarmUpdate]) -> Result<AlarmNotices> {
         let mut session = self.sessions.begin().await?;
-        let notices = alarms::apply(&mut session, moves).await?;
+        let notices = alarms::apply(&mut session, updates).await?;
         session.commit().await?;
         Ok(notices)
     }

@@ -274,7 +274,7 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
     .execute(session.connection().map_err(context)?)
     .await
     .map_err(context)?;
-    shared::check_count(result.rows_affected(), published.len())
+    shared::check_all_recorded(result.rows_affected(), published.len())
 }
 
 /// Releases the leases of previous instances: there is only one host. Returns the number of

@@ -127,13 +127,13 @@ pub(super) async fn lag(readers: &SqlitePool) -> Result<Vec<OutboxLag>> {
              select cast(unixepoch('subsec') * 1000000 as integer) as now
          ), unpublished as (
              select outbox.worker, outbox.due_at, outbox.parked_at is not null as is_parked,
-                 before.parked_at is not null as is_held
+                 before.parked_at is not null as is_blocked
              from oncely_outbox as outbox left join oncely_outbox as before on before.seq = outbox.blocked_by
              where outbox.published_at is null
          )
          select worker, count(*) filter (where due_at <= now) as unpublished,
-             (max(now) - min(due_at) filter (where due_at <= now and not is_parked and not is_held)) / 1000 as oldest_ms,
-             count(*) filter (where is_parked) as parked, count(*) filter (where is_held) as held
+             (max(now) - min(due_at) filter (where due_at <= now and not is_parked and not is_blocked)) / 1000 as oldest_ms,
+             count(*) filter (where is_parked) as parked, count(*) filter (where is_blocked) as blocked
          from unpublished, clock group by worker order by worker",
     )
     .fetch_all(readers)

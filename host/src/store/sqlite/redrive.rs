@@ -60,8 +60,7 @@ pub(super) async fn redrive(
     ))
 }
 
-/// Closes or edits dead letters. A redriven event that is not settled is settled as dead before its
-/// dead letter is closed.
+/// Closes or edits dead letters.
 pub(super) async fn update_dead_letters(
     session: &mut Session,
     ids: &[i64],
@@ -79,7 +78,7 @@ pub(super) async fn update_dead_letters(
             continue;
         }
         if let Some(state) = action.closed_state() {
-            settle_in_flight(session, &dead_letter).await?;
+            add_missing_record(session, &dead_letter).await?;
             close(session, dead_letter.id, state).await?;
             if dead_letter.owns_event() {
                 attempts::delete_recording(session, &dead_letter.worker, &dead_letter.event_id)
@@ -184,15 +183,15 @@ async fn start_generation(session: &mut Session, id: i64) -> Result<()> {
     Ok(())
 }
 
-/// Settles a redriven event as dead if it is not settled.
-async fn settle_in_flight(session: &mut Session, dead_letter: &LockedDeadLetter) -> Result<()> {
+/// Adds the inbox row of an event that was redriven by an earlier version of Oncely.
+async fn add_missing_record(session: &mut Session, dead_letter: &LockedDeadLetter) -> Result<()> {
     if dead_letter.state != DeadLetterState::Redriven
         || dead_letter.inbox.is_some()
         || !dead_letter.owns_event()
     {
         return Ok(());
     }
-    let context = |error| errors::from_statement(error, "settle a redriven event");
+    let context = |error| errors::from_statement(error, "add the inbox row of a redriven event");
     sqlx::query("insert into oncely_inbox (worker, event_id, state, payload_sha256) values ($1, $2, 'dead', $3)")
         .bind(&dead_letter.worker)
         .bind(&dead_letter.event_id)

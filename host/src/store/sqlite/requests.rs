@@ -13,7 +13,7 @@ use super::session::Session;
 use crate::model::request::{HttpResponse, RequestKey};
 use crate::store::{ClaimedRequest, Result, StoreError, shared};
 
-/// The stored answer to a key, if any.
+/// The stored response to a key, if any.
 pub(super) async fn claim(
     session: &mut Session,
     worker: &str,
@@ -44,22 +44,22 @@ pub(super) async fn claim(
         ))
     };
     let (fingerprint, status, headers, body): (Vec<u8>, i64, String, Vec<u8>) =
-        read(&row).map_err(|error| errors::from_statement(error, "read a stored answer"))?;
+        read(&row).map_err(|error| errors::from_statement(error, "read a stored response"))?;
     if fingerprint != request.fingerprint {
         return Ok(ClaimedRequest::OtherRequest);
     }
-    shared::stored_answer(status, &headers, body).map(ClaimedRequest::Answered)
+    shared::stored_response(status, &headers, body).map(ClaimedRequest::Answered)
 }
 
-/// Stores the answer to a key that this transaction claimed.
-pub(super) async fn store_answer(
+/// Stores the response to a key that this transaction claimed.
+pub(super) async fn store_response(
     session: &mut Session,
     worker: &str,
     request: &RequestKey,
-    answer: &HttpResponse,
+    response: &HttpResponse,
     keep: Duration,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "store an answer");
+    let context = |error| errors::from_statement(error, "store a response");
     let now = Timestamp::now().as_microsecond();
     let kept = sqlx::query(
         "insert into oncely_request (worker, route, caller, key, fingerprint, status, headers, body, answered_at, expires_at)
@@ -74,9 +74,9 @@ pub(super) async fn store_answer(
     .bind(&request.caller)
     .bind(&request.key)
     .bind(request.fingerprint.as_slice())
-    .bind(i64::from(answer.status))
-    .bind(shared::headers_to_text(&answer.headers)?)
-    .bind(answer.body.as_ref())
+    .bind(i64::from(response.status))
+    .bind(shared::headers_to_text(&response.headers)?)
+    .bind(response.body.as_ref())
     .bind(now)
     .bind(now.saturating_add(shared::micros(keep)))
     .execute(session.connection().map_err(context)?)

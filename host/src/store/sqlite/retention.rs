@@ -39,7 +39,7 @@ const DELETE_RECORDS: &str = concat!(
     ")"
 );
 
-/// Deletes expired answers.
+/// Deletes expired responses.
 const DELETE_ANSWERS: &str = "delete from oncely_request where rowid in (
     select rowid from oncely_request where expires_at <= $1 order by expires_at limit $2)";
 
@@ -88,7 +88,7 @@ const RECORDS_AS_JSON: &str = concat!(
     ")"
 );
 
-/// Deletes a batch of expired outputs, answers, deleted keys, inbox records and attempts. Returns
+/// Deletes a batch of expired outputs, responses, deleted keys, inbox records and attempts. Returns
 /// whether there may be more.
 pub(super) async fn delete_expired(
     session: &mut Session,
@@ -113,7 +113,7 @@ pub(super) async fn delete_expired(
     }
     let mut deleted_max = delete(session, DELETE_OUTPUTS, outputs, retention.limit).await?;
 
-    // Answers to requests.
+    // Responses to requests.
     deleted_max = deleted_max.max(
         delete(
             session,

@@ -112,15 +112,16 @@ impl Tx for SqliteTx {
         self.record_failure(claimed)
     }
 
-    async fn answer_request(
+    async fn store_response(
         &mut self,
         request: &RequestKey,
-        answer: &HttpResponse,
+        response: &HttpResponse,
         keep: Duration,
     ) -> Result<()> {
         self.check()?;
         let kept =
-            requests::store_answer(&mut self.session, &self.worker, request, answer, keep).await;
+            requests::store_response(&mut self.session, &self.worker, request, response, keep)
+                .await;
         self.record_failure(kept.map_err(errors::from_guest_values))
     }
 

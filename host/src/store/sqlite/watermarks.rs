@@ -41,7 +41,7 @@ pub(super) async fn read(readers: &SqlitePool, on_broker: Option<&str>) -> Resul
     Ok(Watermarks {
         last: read_watermark(&row)?,
         acknowledged,
-        known: row
+        requested_written_at: row
             .try_get::<Option<i64>, _>("known")
             .map_err(context)?
             .map(shared::timestamp)
