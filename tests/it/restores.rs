@@ -492,7 +492,10 @@ async fn a_worker_deployed_after_a_recovery_starts_from_scratch() -> Result<()> 
     let mut host = RunningHost::spawn(&world, "second")?;
     host.eventually("the restore is detected", || async {
         let status = host.oncely(&["status", "--json"])?;
-        ensure!(status.contains("restored to an earlier time than NATS"), "{status}");
+        ensure!(
+            status.contains("restored to an earlier time than NATS"),
+            "{status}"
+        );
         Ok(Some(()))
     })
     .await?;

@@ -141,7 +141,7 @@ impl World {
         self.store
             .dead_letter(dead_letters, 0)
             .await
-            .map(|dead_lettered| (dead_lettered.settled, dead_lettered.notices))
+            .map(|dead_lettered| (dead_lettered.proofs, dead_lettered.notices))
     }
 
     fn is_postgres(&self) -> bool {

@@ -181,7 +181,7 @@ async fn only_the_first_dead_letter_of_a_failure_raises_an_alarm(world: World) {
     let dead_lettered = world.store.dead_letter(&dead_letters, 20).await.unwrap();
     assert_eq!(
         (
-            dead_lettered.settled.len(),
+            dead_lettered.proofs.len(),
             dead_lettered.notices.len(),
             dead_lettered.alarms.notices.len()
         ),
