@@ -1,11 +1,12 @@
 //! Alarms, and the failure groups that raise one when they are new.
 
+use super::errors::Doing;
 use anyhow::Context;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
+use super::outbox;
 use super::session::Session;
-use super::{errors, outbox};
 use crate::model::alarm::{
     Alarm, AlarmStep, AlarmUpdate, NEW_FAILURE_RESET_AFTER, NEW_FAILURES_WINDOW, Notice,
 };
@@ -29,7 +30,7 @@ pub(super) async fn list(session: &mut Session) -> Result<Vec<Alarm>> {
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read the alarms"))?;
+        .doing("read the alarms")?;
     rows.iter().map(rows::alarm).collect()
 }
 
@@ -43,7 +44,7 @@ pub(super) async fn depths(session: &mut Session) -> Result<Vec<DeadLetterDepth>
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "count open dead letters"))?;
+        .doing("count open dead letters")?;
     let read = |row: &PgRow| -> sqlx::Result<DeadLetterDepth> {
         Ok(DeadLetterDepth {
             worker: row.try_get(0)?,
@@ -108,7 +109,7 @@ async fn raise(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notic
         .bind(step.times.cast_signed())
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "raise an alarm"))?;
+        .doing("raise an alarm")?;
     row.map(|row| rows::notice(&row, step)).transpose()
 }
 
@@ -126,7 +127,7 @@ async fn clear(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notic
         .bind(step.times.cast_signed())
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "clear an alarm"))?;
+        .doing("clear an alarm")?;
     row.map(|row| rows::notice(&row, step)).transpose()
 }
 
@@ -149,7 +150,7 @@ async fn set_calm(
         .bind(is_calm)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "record the recovery of an alarm"))?;
+        .doing("record the recovery of an alarm")?;
     Ok(None)
 }
 
@@ -193,12 +194,12 @@ async fn known(session: &mut Session, groups: &WorkerFailureGroups) -> Result<Kn
         )
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "find known failures"))?;
+        .doing("find known failures")?;
     let known: sqlx::Result<_> = rows
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .collect();
-    known.map_err(|error| errors::from_statement(error, "read failures"))
+    known.doing("read failures")
 }
 
 /// Inserts unknown groups. Of two concurrent transactions with the same failure, one waits and then
@@ -254,9 +255,9 @@ async fn insert(
         )
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "record failures"))?;
+        .doing("record failures")?;
     let ids: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
-    ids.map_err(|error| errors::from_statement(error, "read failures"))
+    ids.doing("read failures")
 }
 
 /// Updates the time at which groups were last seen, unless it is recent, and returns the groups
@@ -281,12 +282,12 @@ async fn refresh_known(session: &mut Session, known: &KnownGroups) -> Result<Vec
         .bind(shared::micros(shared::LAST_SEEN_PRECISION))
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "record the last occurrence of failures"))?;
+        .doing("record the last occurrence of failures")?;
     let seen: sqlx::Result<Vec<(String, bool)>> = rows
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .collect();
-    let seen = seen.map_err(|error| errors::from_statement(error, "read failures"))?;
+    let seen = seen.doing("read failures")?;
     let was_away = |id: &str| {
         known
             .iter()
@@ -309,10 +310,10 @@ async fn recently_raised(session: &mut Session, worker: &str) -> Result<u64> {
         .bind(shared::micros(NEW_FAILURES_WINDOW))
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "count new failures"))?;
+        .doing("count new failures")?;
     row.try_get(0)
         .map(shared::unsigned)
-        .map_err(|error| errors::from_statement(error, "count new failures"))
+        .doing("count new failures")
 }
 
 /// Raises an alarm regardless of how often it was raised before, unless it is raised now.
@@ -325,9 +326,9 @@ async fn raise_again(session: &mut Session, step: &AlarmUpdate) -> Result<Option
         .bind(shared::group_id(step.group.as_ref()))
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "find an alarm"))?;
+        .doing("find an alarm")?;
     let times: sqlx::Result<Option<i32>> = row.map(|row| row.try_get(0)).transpose();
-    let times = times.map_err(|error| errors::from_statement(error, "find an alarm"))?;
+    let times = times.doing("find an alarm")?;
     raise(
         session,
         &AlarmUpdate {

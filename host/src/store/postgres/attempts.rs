@@ -4,7 +4,7 @@ use bytes::Bytes;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors;
+use super::errors::{self, Doing};
 use super::session::Session;
 use crate::store::{
     AttemptRecord, CountedAttempt, FailedAttempt, Result, StoreError, rows, shared,
@@ -103,7 +103,7 @@ pub(super) async fn count(
         })
     };
     let counts: sqlx::Result<Vec<CountedAttempt>> = rows.iter().map(counted).collect();
-    counts.map_err(|error| errors::from_statement(error, "read the count of attempts"))
+    counts.doing("read the count of attempts")
 }
 
 /// Deletes the recordings of attempts at these events.
@@ -119,7 +119,7 @@ pub(super) async fn delete_recordings(
         .bind(event_ids)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "delete the recordings of attempts"))?;
+        .doing("delete the recordings of attempts")?;
     Ok(())
 }
 
@@ -137,7 +137,7 @@ pub(super) async fn delete_recordings_of_dead_letters(
         .bind(dead_letters)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "delete the recordings of attempts"))?;
+        .doing("delete the recordings of attempts")?;
     Ok(())
 }
 
@@ -147,7 +147,6 @@ pub(super) async fn recording(
     worker: &str,
     event_id: &str,
 ) -> Result<Option<Bytes>> {
-    let context = |error| errors::from_statement(error, "read the recording of an attempt");
     let query =
         session.query("select recording from oncely.recording where worker = $1 and event_id = $2");
     let row = query
@@ -155,8 +154,11 @@ pub(super) async fn recording(
         .bind(event_id)
         .fetch_optional(session.connection())
         .await
-        .map_err(context)?;
-    let recording: Option<Vec<u8>> = row.map(|row| row.try_get(0)).transpose().map_err(context)?;
+        .doing("read the recording of an attempt")?;
+    let recording: Option<Vec<u8>> = row
+        .map(|row| row.try_get(0))
+        .transpose()
+        .doing("read the recording of an attempt")?;
     Ok(recording.map(Bytes::from))
 }
 
@@ -177,10 +179,8 @@ pub(super) async fn write_crash_marker(
         .bind(event_id)
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "write a crash marker"))?;
-    let before: i32 = row
-        .try_get(0)
-        .map_err(|error| errors::from_statement(error, "read a crash marker"))?;
+        .doing("write a crash marker")?;
+    let before: i32 = row.try_get(0).doing("read a crash marker")?;
     Ok(before.cast_unsigned())
 }
 
@@ -197,7 +197,7 @@ pub(super) async fn clear_crash_marker(
         .bind(event_id)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "clear a crash marker"))?;
+        .doing("clear a crash marker")?;
     Ok(())
 }
 
@@ -216,6 +216,6 @@ pub(super) async fn for_event(
         .bind(event_id)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read attempts"))?;
+        .doing("read attempts")?;
     Ok(rows::list(&rows, rows::attempt))
 }

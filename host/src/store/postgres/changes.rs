@@ -8,7 +8,7 @@ use serde_json::Value as Json;
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::{Arguments, Row};
 
-use super::errors;
+use super::errors::{self, Doing};
 use super::session::{Purpose, Session, Sessions};
 use crate::store::changes::pair;
 use crate::store::{Changes, Result, StoreError};
@@ -38,7 +38,7 @@ pub(super) async fn counts(session: &mut Session) -> Result<CountsByTable> {
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "count written rows"))?;
+        .doing("count written rows")?;
     let read = |row: &PgRow| {
         let written = [row.try_get(2)?, row.try_get(3)?, row.try_get(4)?];
         Ok((
@@ -50,7 +50,7 @@ pub(super) async fn counts(session: &mut Session) -> Result<CountsByTable> {
         ))
     };
     let counts: sqlx::Result<_> = rows.iter().map(read).collect();
-    counts.map_err(|error| errors::from_statement(error, "read the counts of written rows"))
+    counts.doing("read the counts of written rows")
 }
 
 /// The changes since `before`, at most `limit` rows of each table. `others` begins the transaction
@@ -178,9 +178,9 @@ async fn key(session: &mut Session, table: i64) -> Result<BTreeSet<String>> {
         .bind(table)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "find a primary key"))?;
+        .doing("find a primary key")?;
     let key: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
-    key.map_err(|error| errors::from_statement(error, "read a primary key"))
+    key.doing("read a primary key")
 }
 
 /// The reason why a commit would be refused: a violated deferred constraint.

@@ -1,12 +1,13 @@
 //! Writing of dead letters: the original headers and bodies of messages that could not be handled.
 
+use super::errors::Doing;
 use std::collections::{HashMap, HashSet};
 
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::session::Session;
-use super::{alarms, errors, outbox};
+use super::{alarms, outbox};
 use crate::model::verdict::DeadLetter;
 use crate::store::shared::{self, InboxRecord, NewDeadLetter};
 use crate::store::{AlarmNotices, OutboxRow, Output, Result};
@@ -93,12 +94,12 @@ async fn settle(
         .bind(sequences)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "settle dead events"))?;
+        .doing("settle dead events")?;
     let keys: sqlx::Result<_> = rows
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .collect();
-    keys.map_err(|error| errors::from_statement(error, "read settled events"))
+    keys.doing("read settled events")
 }
 
 /// The inbox records of the events, locked against a reclaim of a redriven event.
@@ -126,7 +127,7 @@ async fn inbox_records(
         )
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "lock dead events"))?;
+        .doing("lock dead events")?;
     let read = |row: &PgRow| {
         let record = InboxRecord {
             payload_sha256: row.try_get(2)?,
@@ -135,7 +136,7 @@ async fn inbox_records(
         Ok(((row.try_get(0)?, row.try_get(1)?), record))
     };
     let inbox_records: sqlx::Result<_> = rows.iter().map(read).collect();
-    inbox_records.map_err(|error| errors::from_statement(error, "read dead events"))
+    inbox_records.doing("read dead events")
 }
 
 /// Worker, event id and payload digest of a dead letter.
@@ -251,7 +252,7 @@ async fn insert(
         )
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "write dead letters"))?;
+        .doing("write dead letters")?;
     let read = |row: &PgRow| {
         let generation: i32 = row.try_get(4)?;
         Ok((
@@ -260,5 +261,5 @@ async fn insert(
         ))
     };
     let written: sqlx::Result<_> = rows.iter().map(read).collect();
-    written.map_err(|error| errors::from_statement(error, "read written dead letters"))
+    written.doing("read written dead letters")
 }

@@ -1,11 +1,12 @@
 //! Reading of dead letters with their original headers and bodies, and with later events.
 
+use super::errors::Doing;
 use jiff::Timestamp;
 use sqlx::postgres::{PgArguments, Postgres};
 use sqlx::query::Query;
 
+use super::attempts;
 use super::session::Session;
-use super::{attempts, errors};
 use crate::store::{
     AuditRecord, DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
     DeadLetterSummary, EditRecord, Result, rows,
@@ -83,7 +84,7 @@ pub(super) async fn list(
         .bind(i64::from(filter.limit))
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "list dead letters"))?;
+        .doing("list dead letters")?;
     Ok(rows::list(&rows, rows::dead_letter_summary))
 }
 
@@ -116,7 +117,7 @@ pub(super) async fn groups(
     let rows = fitting(query, filter)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "group dead letters"))?;
+        .doing("group dead letters")?;
     Ok(rows::list(&rows, rows::dead_letter_group))
 }
 
@@ -131,7 +132,7 @@ pub(super) async fn find(session: &mut Session, id: i64) -> Result<Option<DeadLe
         .bind(id)
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read a dead letter"))?;
+        .doing("read a dead letter")?;
     let Some(row) = row else { return Ok(None) };
     let mut dead_letter = rows::dead_letter(&row)?;
     let (worker, event_id) = (
@@ -155,7 +156,7 @@ async fn edits(session: &mut Session, id: i64) -> Result<Vec<EditRecord>> {
         .bind(id)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read corrected bodies"))?;
+        .doing("read corrected bodies")?;
     Ok(rows::list(&rows, rows::dead_letter_edit))
 }
 
@@ -168,7 +169,7 @@ async fn audit(session: &mut Session, id: i64) -> Result<Vec<AuditRecord>> {
         .bind(id)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read the audit of a dead letter"))?;
+        .doing("read the audit of a dead letter")?;
     Ok(rows::list(&rows, rows::dead_letter_audit))
 }
 
@@ -186,7 +187,7 @@ async fn inbox_state(
         .bind(event_id)
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "find an event"))?;
+        .doing("find an event")?;
     row.as_ref().map(rows::inbox_state).transpose()
 }
 
@@ -206,6 +207,6 @@ async fn outputs(
         .bind(event_id)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "find the outputs of an event"))?;
+        .doing("find the outputs of an event")?;
     Ok(rows::list(&rows, rows::dead_letter_output))
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use anyhow::anyhow;
 use sqlx::{AssertSqlSafe, Row, raw_sql};
 
-use super::errors;
+use super::errors::{self, Doing};
 use super::privileges::Login;
 use super::session::Session;
 use crate::model::sql::SqlError;
@@ -20,7 +20,7 @@ pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u
         .bind(wasm)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "store a component"))?;
+        .doing("store a component")?;
     Ok(())
 }
 
@@ -30,10 +30,10 @@ pub(super) async fn component(session: &mut Session, digest: &str) -> Result<Opt
         .bind(digest)
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read a component"))?;
+        .doing("read a component")?;
     row.map(|row| row.try_get(0))
         .transpose()
-        .map_err(|error| errors::from_statement(error, "read a component"))
+        .doing("read a component")
 }
 
 /// Runs the due migrations, writes the next deployment and activates it. Concurrent deployments of
@@ -52,7 +52,7 @@ pub(super) async fn deploy(
         .bind(worker)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "wait for other deployments"))?;
+        .doing("wait for other deployments")?;
     let applied = applied_migrations(session, worker).await?;
     for (migration, sha256) in shared::due_worker_migrations(worker, migrations, &applied)? {
         run_migration(session, login, worker, migration, &sha256).await?;
@@ -84,12 +84,12 @@ async fn applied_migrations(
         .bind(worker)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read applied migrations"))?;
+        .doing("read applied migrations")?;
     let applied: sqlx::Result<_> = rows
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .collect();
-    applied.map_err(|error| errors::from_statement(error, "read applied migrations"))
+    applied.doing("read applied migrations")
 }
 
 /// Runs a migration in the app's schema. The objects it creates belong to the app's owner, not to
@@ -120,14 +120,14 @@ async fn run_migration(
     let is_same_transaction = session
         .is_same_transaction()
         .await
-        .map_err(|error| errors::from_statement(error, "check the transaction"))?;
+        .doing("check the transaction")?;
     if !is_same_transaction {
         return Err(shared::migration_ends_transaction(migration));
     }
     raw_sql("set local role none")
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "reset the role"))?;
+        .doing("reset the role")?;
     let query = session
         .query("insert into oncely.worker_migration (worker, name, sha256) values ($1, $2, $3)");
     query
@@ -136,7 +136,7 @@ async fn run_migration(
         .bind(sha256)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "record a migration"))?;
+        .doing("record a migration")?;
     Ok(())
 }
 
@@ -174,7 +174,7 @@ async fn activate_version(session: &mut Session, worker: &str, version: u32) -> 
         .bind(version.cast_signed())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "activate a deployment"))?;
+        .doing("activate a deployment")?;
     Ok(())
 }
 
@@ -182,9 +182,7 @@ async fn activate_version(session: &mut Session, worker: &str, version: u32) -> 
 pub(super) async fn retire(session: &mut Session, worker: &str) -> Result<()> {
     let query = session.query("delete from oncely.worker where name = $1");
     let retired = query.bind(worker).execute(session.connection()).await;
-    retired
-        .map(|_| ())
-        .map_err(|error| errors::from_statement(error, "retire a worker"))
+    retired.map(|_| ()).doing("retire a worker")
 }
 
 pub(super) async fn activate(
@@ -201,7 +199,7 @@ pub(super) async fn activate(
         .bind(version.cast_signed())
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "find a deployment"))?;
+        .doing("find a deployment")?;
     let Some(row) = row else { return Ok(None) };
     activate_version(session, worker, version).await?;
     rows::deployment(&row).map(Some)
@@ -219,7 +217,7 @@ pub(super) async fn active(session: &mut Session) -> Result<Vec<DeploymentRecord
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read active deployments"))?;
+        .doing("read active deployments")?;
     rows.iter().map(rows::deployment).collect()
 }
 
@@ -231,7 +229,7 @@ pub(super) async fn newest(session: &mut Session) -> Result<Vec<DeploymentRecord
          from oncely.deployment order by worker, version desc",
     );
     let rows = query.fetch_all(session.connection()).await;
-    rows.map_err(|error| errors::from_statement(error, "read the newest deployments"))?
+    rows.doing("read the newest deployments")?
         .iter()
         .map(rows::deployment)
         .collect()
@@ -250,6 +248,6 @@ pub(super) async fn for_worker(
         .bind(worker)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read deployments"))?;
+        .doing("read deployments")?;
     rows.iter().map(rows::deployment).collect()
 }

@@ -42,6 +42,18 @@ const ENCODING_CHANGED: &str = "ONC03";
 /// Raised by the platform's functions: the host's key for definer functions was renewed.
 const RENEWED_KEY: &str = "ONC04";
 
+/// Adds the context of a platform statement to its error.
+pub(super) trait Doing<T> {
+    /// `context` names the action in the present tense, such as `read the outbox`.
+    fn doing(self, context: &'static str) -> Result<T, StoreError>;
+}
+
+impl<T> Doing<T> for sqlx::Result<T> {
+    fn doing(self, context: &'static str) -> Result<T, StoreError> {
+        self.map_err(|error| from_statement(error, context))
+    }
+}
+
 /// The error of a platform statement.
 pub(super) fn from_statement(error: Error, context: &'static str) -> StoreError {
     let code = code(&error).to_owned();

@@ -9,7 +9,7 @@ use sqlx::postgres::PgRow;
 use tokio::sync::{Mutex, RwLock};
 use tokio::time::Instant;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::{Purpose, Session, Sessions};
 use crate::model::sql::{Function, Functions};
 use crate::store::Result;
@@ -77,8 +77,7 @@ impl Catalog {
     async fn read(&self) -> Result<Arc<Functions>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
         let functions = read(&mut session).await;
-        let functions =
-            functions.map_err(|error| errors::from_statement(error, "read the server's functions"));
+        let functions = functions.doing("read the server's functions");
         let functions = Arc::new(functions?);
         session.commit().await?;
         *self.cached.write().await = Some((Arc::clone(&functions), Instant::now()));

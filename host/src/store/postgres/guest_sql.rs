@@ -7,7 +7,7 @@ use futures::TryStreamExt;
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::{Arguments, Column, Either, Executor, Row};
 
-use super::errors;
+use super::errors::{self, Doing};
 use super::guest_values::{self, Parameter};
 use super::session::{Purpose, Session, Sessions};
 use crate::model::sql::{
@@ -125,7 +125,7 @@ async fn terminate(platform: &Sessions, process: i32) -> Result<()> {
         .bind(process)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "terminate an overdue statement"))?;
+        .doing("terminate an overdue statement")?;
     session.commit().await
 }
 

@@ -6,7 +6,7 @@ use anyhow::anyhow;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::{Claim, Claimed, Result, StoreError, shared};
 
@@ -57,7 +57,7 @@ async fn reclaim(session: &mut Session, worker: &str, claim: &Claim) -> Result<(
         .bind(claim.payload_sha256.as_slice())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "reclaim a redriven event"))?;
+        .doing("reclaim a redriven event")?;
     Ok(())
 }
 
@@ -100,7 +100,7 @@ async fn insert(
         .bind(sequences)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "claim event ids"))?;
+        .doing("claim event ids")?;
     let read = |row: &PgRow| {
         let existing_payload: Option<Vec<u8>> = row.try_get("payload_sha256")?;
         let known = row.try_get("fresh")? || existing_payload.is_some();
@@ -113,7 +113,7 @@ async fn insert(
         )))
     };
     let found: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
-    let found = found.map_err(|error| errors::from_statement(error, "read claimed event ids"))?;
+    let found = found.doing("read claimed event ids")?;
     Ok(found.into_iter().flatten().collect())
 }
 
@@ -129,7 +129,7 @@ async fn find_existing(
         .bind(event_ids)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "find existing event ids"))?;
+        .doing("find existing event ids")?;
     let read = |row: &PgRow| {
         Ok((
             row.try_get(0)?,
@@ -140,7 +140,7 @@ async fn find_existing(
         ))
     };
     let found: sqlx::Result<_> = rows.iter().map(read).collect();
-    found.map_err(|error| errors::from_statement(error, "read event ids"))
+    found.doing("read event ids")
 }
 
 /// Releases claims of this transaction.
@@ -156,7 +156,7 @@ pub(super) async fn release_claims(
         .bind(event_ids)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "release claims"))?;
+        .doing("release claims")?;
     Ok(())
 }
 
@@ -173,7 +173,7 @@ pub(super) async fn done(
         .bind(event_ids)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "find done events"))?;
+        .doing("find done events")?;
     let done: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
-    done.map_err(|error| errors::from_statement(error, "read events"))
+    done.doing("read events")
 }

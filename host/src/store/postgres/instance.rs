@@ -9,7 +9,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row, raw_sql};
 use tokio::sync::Mutex;
 
-use super::errors;
+use super::errors::Doing;
 use crate::store::instance::{HOST_LEASE, Instance, RENEW_TIMEOUT, TakenOver};
 use crate::store::{Result, shared};
 
@@ -43,7 +43,7 @@ impl HostLease {
                 .options
                 .connect()
                 .await
-                .map_err(|error| errors::from_statement(error, "connect to PostgreSQL"))?,
+                .doing("connect to PostgreSQL")?,
         };
         let taken_over = renew_and_take_over(&mut connection, self.instance.id()).await?;
         *cached = Some(connection);
@@ -57,10 +57,7 @@ impl HostLease {
         };
         let ended = async {
             remove_instance(&mut connection, self.instance.id()).await?;
-            connection
-                .close()
-                .await
-                .map_err(|error| errors::from_statement(error, "close a connection"))
+            connection.close().await.doing("close a connection")
         };
         match tokio::time::timeout(RENEW_TIMEOUT, ended).await {
             Ok(Ok(())) => {}
@@ -120,15 +117,12 @@ async fn renew(connection: &mut PgConnection, id: i64) -> Result<()> {
          on conflict (id) do update set lease_until = excluded.lease_until"
     ));
     let renewed = raw_sql(AssertSqlSafe(renew)).execute(connection).await;
-    renewed
-        .map(|_| ())
-        .map_err(|error| errors::from_statement(error, "renew the host's lease"))
+    renewed.map(|_| ()).doing("renew the host's lease")
 }
 
 /// Terminates sessions of instances with an expired lease, if they are in a transaction or read the
 /// WAL. Returns all such instances, each with its number of terminated sessions.
 async fn end_sessions(connection: &mut PgConnection, id: i64) -> Result<Vec<(i64, u64)>> {
-    let context = |error| errors::from_statement(error, "terminate the sessions of expired hosts");
     let end = transaction(&format!(
         "with gone as materialized (
              select id, lpad(to_hex(id), 16, '0') as name from oncely.host_instance
@@ -147,18 +141,17 @@ async fn end_sessions(connection: &mut PgConnection, id: i64) -> Result<Vec<(i64
     let rows = raw_sql(AssertSqlSafe(end))
         .fetch_all(connection)
         .await
-        .map_err(context)?;
+        .doing("terminate the sessions of expired hosts")?;
     let read =
         |row: &sqlx::postgres::PgRow| Ok((row.try_get(0)?, shared::unsigned(row.try_get(1)?)));
     rows.iter()
         .map(read)
         .collect::<sqlx::Result<_>>()
-        .map_err(context)
+        .doing("terminate the sessions of expired hosts")
 }
 
 /// Releases the leased outputs of an instance and deletes it. `None` if another host did so first.
 async fn remove_instance(connection: &mut PgConnection, id: i64) -> Result<Option<u64>> {
-    let context = |error| errors::from_statement(error, "release the leases of an expired host");
     let forget = transaction(&format!(
         "with gone as (
              delete from oncely.host_instance where id = {id} returning id
@@ -179,10 +172,12 @@ async fn remove_instance(connection: &mut PgConnection, id: i64) -> Result<Optio
     let row = raw_sql(AssertSqlSafe(forget))
         .fetch_one(connection)
         .await
-        .map_err(context)?;
+        .doing("release the leases of an expired host")?;
     let (was_there, released): (i64, i64) = (
-        row.try_get(0).map_err(context)?,
-        row.try_get(1).map_err(context)?,
+        row.try_get(0)
+            .doing("release the leases of an expired host")?,
+        row.try_get(1)
+            .doing("release the leases of an expired host")?,
     );
     Ok((was_there > 0).then(|| shared::unsigned(released)))
 }

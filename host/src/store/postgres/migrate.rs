@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use anyhow::Context;
 use sqlx::{Row, raw_sql};
 
-use super::errors;
+use super::errors::Doing;
 use super::session::{Purpose, Session, Sessions};
 use crate::fault;
 use crate::model::output_ids::OutputIds;
@@ -42,8 +42,7 @@ pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
 pub(super) async fn load_definer_key(sessions: &Sessions, exposed: bool) -> Result<()> {
     let mut session = sessions.begin(Purpose::Platform).await?;
     let key = definer_key(&mut session, exposed).await;
-    let key =
-        key.map_err(|error| errors::from_statement(error, "read the key for definer functions"))?;
+    let key = key.doing("read the key for definer functions")?;
     session.commit().await?;
     sessions.set_definer_key(key);
     Ok(())

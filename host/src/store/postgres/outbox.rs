@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::shared::{self, ReleaseColumns};
 use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished, rows};
@@ -120,7 +120,7 @@ async fn insert(
         .bind(shared::micros(lease))
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "append outputs"))?;
+        .doing("append outputs")?;
     let read = |row: &PgRow| -> anyhow::Result<Appended> {
         let first_attempt_at: Option<i64> = row.try_get(1)?;
         let blocked_by: Option<Vec<i64>> = row.try_get(2)?;
@@ -191,7 +191,7 @@ pub(super) async fn lease(
         .bind(shared::micros(lease))
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "lease outputs"))?;
+        .doing("lease outputs")?;
     let (leased, not_leased) = rows::leased_outputs(&rows)?;
     release(session, &not_leased).await?;
     Ok(leased)
@@ -212,7 +212,7 @@ async fn unblock(session: &mut Session) -> Result<()> {
          from freed where outbox.seq = freed.seq",
     );
     let freed = query.execute(session.connection()).await;
-    freed.map_err(|error| errors::from_statement(error, "unblock outputs"))?;
+    freed.doing("unblock outputs")?;
     Ok(())
 }
 
@@ -243,7 +243,7 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
         .bind(sequences)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "record published outputs"))?;
+        .doing("record published outputs")?;
     shared::check_all_recorded(result.rows_affected(), published.len())
 }
 
@@ -289,7 +289,7 @@ pub(super) async fn release(session: &mut Session, rows: &[(i64, Unpublished)]) 
         )
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "release outputs"))?;
+        .doing("release outputs")?;
     Ok(())
 }
 
@@ -307,6 +307,6 @@ pub(super) async fn move_to_polling(
         .bind(rows.iter().map(|(seq, _)| *seq).collect::<Vec<_>>())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "move outputs from the WAL to polling"))?;
+        .doing("move outputs from the WAL to polling")?;
     release(session, rows).await
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, rows, shared};
 
@@ -64,7 +64,7 @@ pub(super) async fn list(
         .bind(i64::from(filter.limit))
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "list outputs"))?;
+        .doing("list outputs")?;
     Ok(rows::list(&rows, rows::output_summary))
 }
 
@@ -75,7 +75,7 @@ pub(super) async fn find(session: &mut Session, number: i64) -> Result<Option<Ou
         .bind(number)
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read an output"))?;
+        .doing("read an output")?;
     row.as_ref().map(rows::output).transpose()
 }
 
@@ -86,9 +86,7 @@ pub(super) async fn retry(session: &mut Session, numbers: &[i64]) -> Result<u64>
          where seq = any($1::bigint[]) and parked_at is not null",
     );
     let result = query.bind(numbers).execute(session.connection()).await;
-    Ok(result
-        .map_err(|error| errors::from_statement(error, "retry outputs"))?
-        .rows_affected())
+    Ok(result.doing("retry outputs")?.rows_affected())
 }
 
 /// Moves parked outputs to the dropped ones.
@@ -108,9 +106,7 @@ pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> 
         .bind(shared::printable(note))
         .execute(session.connection())
         .await;
-    Ok(result
-        .map_err(|error| errors::from_statement(error, "drop outputs"))?
-        .rows_affected())
+    Ok(result.doing("drop outputs")?.rows_affected())
 }
 
 /// The publishing lag, by worker.
@@ -133,7 +129,7 @@ pub(super) async fn lag(session: &mut Session) -> Result<Vec<OutboxLag>> {
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "measure the publishing lag"))?;
+        .doing("measure the publishing lag")?;
     rows.iter().map(rows::lag).collect()
 }
 
@@ -144,6 +140,6 @@ pub(super) async fn taken_ids(session: &mut Session) -> Result<BTreeMap<String, 
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "count taken ids"))?;
+        .doing("count taken ids")?;
     rows.iter().map(rows::taken_ids).collect()
 }

@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Row, raw_sql};
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use super::totals;
 use crate::store::archive::ArchiveFile;
@@ -131,7 +131,7 @@ async fn read(session: &mut Session, table: PartitionedTable) -> Result<Option<R
         .bind(table.name())
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "lock a partition rotation"))?;
+        .doing("lock a partition rotation")?;
     let read = |row: PgRow| -> anyhow::Result<Rotation> {
         let earlier: Vec<i16> = row.try_get("earlier")?;
         let closed_at: Vec<i64> = row.try_get("closed_at")?;
@@ -172,7 +172,7 @@ async fn rotate_to(session: &mut Session, table: PartitionedTable, part: i16) ->
         .bind(part)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "rotate the partitions"))?;
+        .doing("rotate the partitions")?;
     Ok(())
 }
 
@@ -264,7 +264,6 @@ fn unexpired(table: PartitionedTable, keep: Duration) -> String {
 
 /// Writes rows to an archive. Published or settled rows of this age no longer change.
 async fn archive(session: &mut Session, rows: &str, file: ArchiveFile) -> Result<()> {
-    let context = |error| errors::from_statement(error, "archive a partition");
     session
         .run(
             "set local statement_timeout = 0".to_owned(),
@@ -280,9 +279,9 @@ async fn archive(session: &mut Session, rows: &str, file: ArchiveFile) -> Result
         .connection()
         .copy_out_raw(&copy)
         .await
-        .map_err(context)?;
+        .doing("archive a partition")?;
     while let Some(line) = lines.next().await {
-        file.add(line.map_err(context)?).await;
+        file.add(line.doing("archive a partition")?).await;
     }
     file.finish().await
 }
@@ -302,9 +301,7 @@ async fn has_more_than(
         .fetch_one(session.connection())
         .await
         .and_then(|row| row.try_get(0));
-    let count: i64 = counted.map_err(|error| {
-        errors::from_statement(error, "count the unexpired rows of a partition")
-    })?;
+    let count: i64 = counted.doing("count the unexpired rows of a partition")?;
     Ok(count > i64::from(limit))
 }
 
@@ -319,7 +316,7 @@ async fn has_wal_outputs(session: &mut Session, part: i16) -> Result<bool> {
         .fetch_one(session.connection())
         .await
         .and_then(|row| row.try_get(0));
-    row.map_err(|error| errors::from_statement(error, "find unpublished outputs in the WAL"))
+    row.doing("find unpublished outputs in the WAL")
 }
 
 /// Moves outputs that were recently published from the WAL to the current partition. They become
@@ -356,7 +353,7 @@ async fn has_wal_records(session: &mut Session) -> Result<bool> {
         .fetch_one(session.connection())
         .await
         .and_then(|row| row.try_get(0));
-    row.map_err(|error| errors::from_statement(error, "find relay records"))
+    row.doing("find relay records")
 }
 
 /// Deletes at most `limit` records of outputs that were published from the WAL and are deleted.
@@ -378,7 +375,7 @@ pub(super) async fn delete_wal_records(
         .bind(i64::from(limit))
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "delete old relay records"))?;
+        .doing("delete old relay records")?;
     Ok(result.rows_affected() == u64::from(limit))
 }
 
@@ -402,7 +399,7 @@ pub(super) async fn delete_attempts(
         .bind(i64::from(limit))
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "delete old attempts"))?;
+        .doing("delete old attempts")?;
     Ok(result.rows_affected() == u64::from(limit))
 }
 
@@ -428,10 +425,10 @@ pub(super) async fn delete_deleted_state(session: &mut Session, limit: u32) -> R
         .bind(i64::from(limit))
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "delete the rows of deleted state keys"))?;
+        .doing("delete the rows of deleted state keys")?;
     let gone: i64 = row
         .try_get(0)
-        .map_err(|error| errors::from_statement(error, "count the rows of deleted state keys"))?;
+        .doing("count the rows of deleted state keys")?;
     Ok(gone == i64::from(limit))
 }
 

@@ -1,5 +1,6 @@
 //! Actions on dead letters: redrive, edit, close.
 
+use super::errors::Doing;
 use std::collections::HashMap;
 
 use anyhow::Context;
@@ -121,13 +122,11 @@ pub(super) async fn redriven_message(
         .bind(worker)
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read a redriven dead letter"))?;
+        .doing("read a redriven dead letter")?;
     match row {
         Some(row) => {
             let message = rows::redriven(&row)?;
-            let active: i32 = row
-                .try_get("active")
-                .map_err(|error| errors::from_statement(error, "read the active version"))?;
+            let active: i32 = row.try_get("active").doing("read the active version")?;
             Ok(RedriveLookup::Message(
                 Box::new(message),
                 active.cast_unsigned(),
@@ -211,9 +210,7 @@ async fn clear_crash_markers(
         )
         .execute(session.connection())
         .await
-        .map_err(|error| {
-            errors::from_statement(error, "clear the crash markers of dead letters")
-        })?;
+        .doing("clear the crash markers of dead letters")?;
     Ok(())
 }
 
@@ -230,7 +227,7 @@ async fn start_generation(session: &mut Session, ids: &[i64]) -> Result<()> {
         .bind(ids)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "redrive dead letters"))?;
+        .doing("redrive dead letters")?;
     Ok(())
 }
 
@@ -247,7 +244,6 @@ async fn wait_for_redriven_deliveries(
     if in_flight.is_empty() {
         return Ok(0);
     }
-    let context = |error| errors::from_statement(error, "lock redriven events");
     let workers: Vec<_> = in_flight
         .iter()
         .map(|dead_letter| dead_letter.worker.as_str())
@@ -265,7 +261,7 @@ async fn wait_for_redriven_deliveries(
         .bind(&event_ids)
         .execute(session.connection())
         .await
-        .map_err(context)?;
+        .doing("lock redriven events")?;
     // Add missing rows, of events that were redriven by an earlier version of Oncely.
     let query = session.query("select from oncely.settle_dead($1, $2, $3, null, null)");
     query
@@ -279,7 +275,7 @@ async fn wait_for_redriven_deliveries(
         )
         .execute(session.connection())
         .await
-        .map_err(context)?;
+        .doing("lock redriven events")?;
     Ok(in_flight.len())
 }
 
@@ -291,7 +287,7 @@ async fn close(session: &mut Session, ids: &[i64], state: DeadLetterState) -> Re
         .bind(state.as_str())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "close dead letters"))?;
+        .doing("close dead letters")?;
     Ok(())
 }
 
@@ -315,7 +311,7 @@ async fn edit(
         ))
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "store a corrected body"))?;
+        .doing("store a corrected body")?;
     Ok(())
 }
 
@@ -337,6 +333,6 @@ async fn write_audit(
         .bind(attribution.note.as_deref().map(shared::printable))
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "write the audit of dead letters"))?;
+        .doing("write the audit of dead letters")?;
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::{PublishedOutput, Result, rows, shared};
 
@@ -36,7 +36,7 @@ pub(super) async fn last_published(
         .bind(shared::micros(within))
         .fetch_all(session.connection())
         .await;
-    rows.map_err(|error| errors::from_statement(error, "find the last published outputs"))?
+    rows.doing("find the last published outputs")?
         .iter()
         .map(rows::published_output)
         .collect()
@@ -61,7 +61,7 @@ pub(super) async fn published_to(
          order by published_at, stream_sequence",
     );
     let rows = query.bind(stream).fetch_all(session.connection()).await;
-    rows.map_err(|error| errors::from_statement(error, "find published outputs"))?
+    rows.doing("find published outputs")?
         .iter()
         .map(rows::published_output)
         .collect()
@@ -90,7 +90,7 @@ pub(super) async fn republish(session: &mut Session, lost: &[PublishedOutput]) -
         .bind(&sequences)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "republish outputs"))?;
+        .doing("republish outputs")?;
     Ok(result.rows_affected() + move_to_polling(session, lost, &sequences).await?)
 }
 
@@ -118,6 +118,6 @@ async fn move_to_polling(
         .bind(sequences)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "republish outputs of the WAL"))?;
+        .doing("republish outputs of the WAL")?;
     Ok(result.rows_affected())
 }

@@ -2,7 +2,7 @@
 
 use sqlx::Row;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::{Result, StoredReport, shared};
 
@@ -18,11 +18,10 @@ pub(super) async fn write(session: &mut Session, instance: i64, report: &str) ->
         .execute(session.connection())
         .await
         .map(|_| ())
-        .map_err(|error| errors::from_statement(error, "write the host's report"))
+        .doing("write the host's report")
 }
 
 pub(super) async fn read(session: &mut Session) -> Result<Vec<StoredReport>> {
-    let context = |error| errors::from_statement(error, "read the reports of hosts");
     let query = session.query(
         "select pg_catalog.lpad(pg_catalog.to_hex(id), 16, '0') as instance, coalesce(number, 0) as number, report
          from oncely.host_instance left join oncely.host_report on instance = id
@@ -31,7 +30,7 @@ pub(super) async fn read(session: &mut Session) -> Result<Vec<StoredReport>> {
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(context)?;
+        .doing("read the reports of hosts")?;
     let report = |row: &sqlx::postgres::PgRow| {
         let number = shared::unsigned(row.try_get("number")?);
         Ok(StoredReport {
@@ -43,5 +42,5 @@ pub(super) async fn read(session: &mut Session) -> Result<Vec<StoredReport>> {
     rows.iter()
         .map(report)
         .collect::<sqlx::Result<_>>()
-        .map_err(context)
+        .doing("read the reports of hosts")
 }

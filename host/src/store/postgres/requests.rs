@@ -7,7 +7,7 @@ use anyhow::anyhow;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors;
+use super::errors::{self, Doing};
 use super::session::Session;
 use crate::model::request::{HttpResponse, RequestKey};
 use crate::store::{ClaimedRequest, Result, StoreError, shared};
@@ -28,7 +28,7 @@ pub(super) async fn claim(
         .bind(request.fingerprint.as_slice())
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "claim an idempotency key"))?;
+        .doing("claim an idempotency key")?;
     let Some(row) = row else {
         return Ok(ClaimedRequest::Fresh);
     };
@@ -38,8 +38,8 @@ pub(super) async fn claim(
             row.try_get("fingerprint_differs")?,
         ))
     };
-    let (in_flight, other): (bool, bool) = read(&row)
-        .map_err(|error| errors::from_statement(error, "read the owner of an idempotency key"))?;
+    let (in_flight, other): (bool, bool) =
+        read(&row).doing("read the owner of an idempotency key")?;
     match (in_flight, other) {
         (_, true) => Ok(ClaimedRequest::OtherRequest),
         (true, false) => Ok(ClaimedRequest::InFlight),
@@ -55,8 +55,7 @@ fn response(row: &PgRow) -> Result<HttpResponse> {
             row.try_get("body")?,
         ))
     };
-    let (status, headers, body): (i32, String, Vec<u8>) =
-        read().map_err(|error| errors::from_statement(error, "read a stored response"))?;
+    let (status, headers, body): (i32, String, Vec<u8>) = read().doing("read a stored response")?;
     shared::stored_response(status.into(), &headers, body)
 }
 
@@ -83,7 +82,7 @@ pub(super) async fn store_response(
         .bind(shared::micros(keep))
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "store a response"))?;
+        .doing("store a response")?;
     match row.try_get(0) {
         Ok(true) => Ok(()),
         Ok(false) => Err(StoreError::Conflict(anyhow!(

@@ -10,7 +10,7 @@ use sqlx::postgres::{PgArguments, PgConnection, PgPool};
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, Postgres, Row, raw_sql};
 
-use super::errors;
+use super::errors::{self, Doing};
 use crate::model::output_ids::OutputIds;
 use crate::store::Result;
 use crate::store::instance::Instance;
@@ -285,11 +285,7 @@ impl Sessions {
         );
         let mut dead = 0;
         loop {
-            let connection = self
-                .pool
-                .acquire()
-                .await
-                .map_err(|error| errors::from_statement(error, "connect to PostgreSQL"))?;
+            let connection = self.pool.acquire().await.doing("connect to PostgreSQL")?;
             let mut session = Session {
                 connection,
                 named_statements: self.named_statements,

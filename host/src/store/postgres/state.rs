@@ -4,7 +4,7 @@ use anyhow::{Context, anyhow};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::{
     Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared,
@@ -23,7 +23,7 @@ pub(super) async fn load(
         .bind(keys)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "load state"))?;
+        .doing("load state")?;
     let read = |row: &PgRow| {
         Ok((
             row.try_get(0)?,
@@ -61,10 +61,8 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
         .bind(versions)
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "save state"))?;
-    let written: i64 = row
-        .try_get(0)
-        .map_err(|error| errors::from_statement(error, "read the count of saved keys"))?;
+        .doing("save state")?;
+    let written: i64 = row.try_get(0).doing("read the count of saved keys")?;
     if usize::try_from(written).is_ok_and(|written| written == writes.len()) {
         return Ok(());
     }
@@ -89,7 +87,7 @@ pub(super) async fn entry(
         .bind(key)
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read state"))?;
+        .doing("read state")?;
     row.as_ref().map(rows::state).transpose()
 }
 
@@ -113,6 +111,6 @@ pub(super) async fn entries(
         .bind(STATE_PREVIEW.cast_signed())
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "list state"))?;
+        .doing("list state")?;
     Ok(rows::list(&rows, rows::state))
 }

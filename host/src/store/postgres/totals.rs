@@ -1,6 +1,6 @@
 //! Counts and ages of workers, for display.
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::{Result, WorkerTotals, rows};
 
@@ -37,7 +37,7 @@ pub(super) async fn by_worker(session: &mut Session) -> Result<Vec<WorkerTotals>
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "count the rows of workers"))?;
+        .doing("count the rows of workers")?;
     rows.iter().map(rows::totals).collect()
 }
 
@@ -57,6 +57,6 @@ pub(super) async fn record_completed_redrives(session: &mut Session) -> Result<(
     query
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "record completed redrives"))?;
+        .doing("record completed redrives")?;
     Ok(())
 }

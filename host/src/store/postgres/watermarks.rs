@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::watermarks::{
     self, BrokerState, RECOVERED_KEPT_DAYS, RecoveredOutput, WATERMARKS_KEPT, Watermark, Watermarks,
@@ -13,7 +13,6 @@ use crate::store::watermarks::{
 use crate::store::{Result, shared};
 
 pub(super) async fn read(session: &mut Session, on_broker: Option<&str>) -> Result<Watermarks> {
-    let context = |error| errors::from_statement(error, "read the watermarks");
     let query = session.query(
         "select name, broker_state, (extract(epoch from written_at) * 1000000)::bigint as written_at
          from oncely.watermark order by number desc limit 1",
@@ -21,7 +20,7 @@ pub(super) async fn read(session: &mut Session, on_broker: Option<&str>) -> Resu
     let last = query
         .fetch_optional(session.connection())
         .await
-        .map_err(context)?;
+        .doing("read the watermarks")?;
     let query = session.query(
         "select stream_sequence, (extract(epoch from written_at) * 1000000)::bigint as written_at
          from oncely.watermark where stream_sequence is not null order by number desc limit 1",
@@ -29,7 +28,7 @@ pub(super) async fn read(session: &mut Session, on_broker: Option<&str>) -> Resu
     let acknowledged = query
         .fetch_optional(session.connection())
         .await
-        .map_err(context)?;
+        .doing("read the watermarks")?;
     let query = session.query(
         "select (select (extract(epoch from written_at) * 1000000)::bigint from oncely.watermark where name = $1),
              exists (select from oncely.recovered_output)",
@@ -38,47 +37,46 @@ pub(super) async fn read(session: &mut Session, on_broker: Option<&str>) -> Resu
         .bind(on_broker.unwrap_or_default())
         .fetch_one(session.connection())
         .await
-        .map_err(context)?;
+        .doing("read the watermarks")?;
     Ok(Watermarks {
         last: last.as_ref().map(read_watermark).transpose()?,
         acknowledged: acknowledged.as_ref().map(read_acknowledged).transpose()?,
         requested_written_at: row
             .try_get::<Option<i64>, _>(0)
-            .map_err(context)?
+            .doing("read the watermarks")?
             .map(shared::timestamp)
             .transpose()?,
-        has_recovered: row.try_get(1).map_err(context)?,
+        has_recovered: row.try_get(1).doing("read the watermarks")?,
     })
 }
 
 fn read_watermark(row: &PgRow) -> Result<Watermark> {
-    let context = |error| errors::from_statement(error, "read a watermark");
     Ok(Watermark {
-        name: row.try_get("name").map_err(context)?,
-        written_at: shared::timestamp(row.try_get("written_at").map_err(context)?)?,
-        seen: watermarks::broker_state_from_text(row.try_get("broker_state").map_err(context)?)?,
+        name: row.try_get("name").doing("read a watermark")?,
+        written_at: shared::timestamp(row.try_get("written_at").doing("read a watermark")?)?,
+        seen: watermarks::broker_state_from_text(
+            row.try_get("broker_state").doing("read a watermark")?,
+        )?,
     })
 }
 
 fn read_acknowledged(row: &PgRow) -> Result<(jiff::Timestamp, u64)> {
-    let context = |error| errors::from_statement(error, "read a watermark");
-    let written_at = shared::timestamp(row.try_get("written_at").map_err(context)?)?;
+    let written_at = shared::timestamp(row.try_get("written_at").doing("read a watermark")?)?;
     Ok((
         written_at,
-        shared::unsigned(row.try_get("stream_sequence").map_err(context)?),
+        shared::unsigned(row.try_get("stream_sequence").doing("read a watermark")?),
     ))
 }
 
 /// Writes a watermark, and deletes old watermarks and recovered outputs.
 pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState) -> Result<()> {
-    let context = |error| errors::from_statement(error, "write a watermark");
     let query = session.query("insert into oncely.watermark (name, broker_state) values ($1, $2)");
     query
         .bind(name)
         .bind(watermarks::broker_state_to_text(seen)?)
         .execute(session.connection())
         .await
-        .map_err(context)?;
+        .doing("write a watermark")?;
 
     // Old watermarks, but none that the broker may still have.
     let query = session.query(
@@ -90,7 +88,7 @@ pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState)
         .bind(i64::from(WATERMARKS_KEPT))
         .execute(session.connection())
         .await
-        .map_err(context)?;
+        .doing("write a watermark")?;
     let query = session.query(
         "delete from oncely.recovered_output where id in (
              select id from oncely.recovered_output
@@ -100,7 +98,7 @@ pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState)
         .bind(RECOVERED_KEPT_DAYS)
         .execute(session.connection())
         .await
-        .map_err(context)?;
+        .doing("write a watermark")?;
     Ok(())
 }
 
@@ -112,8 +110,7 @@ pub(super) async fn acknowledge(session: &mut Session, name: &str, sequence: u64
         .bind(shared::signed(sequence)?)
         .execute(session.connection())
         .await;
-    done.map(drop)
-        .map_err(|error| errors::from_statement(error, "acknowledge a watermark"))
+    done.map(drop).doing("acknowledge a watermark")
 }
 
 /// Saves where outputs were found: of several places of an id the first one, in place of one saved
@@ -149,16 +146,14 @@ pub(super) async fn save_recovered(
         .bind(sequences)
         .execute(session.connection())
         .await;
-    done.map(drop)
-        .map_err(|error| errors::from_statement(error, "save recovered outputs"))
+    done.map(drop).doing("save recovered outputs")
 }
 
 /// Deletes the recovered outputs with these ids.
 pub(super) async fn delete_recovered(session: &mut Session, ids: &[&str]) -> Result<()> {
     let query = session.query("delete from oncely.recovered_output where id = any($1)");
     let done = query.bind(ids).execute(session.connection()).await;
-    done.map(drop)
-        .map_err(|error| errors::from_statement(error, "delete recovered outputs"))
+    done.map(drop).doing("delete recovered outputs")
 }
 
 /// The places of those ids that a recovery found.
@@ -166,7 +161,6 @@ pub(super) async fn find_recovered(
     session: &mut Session,
     ids: &[&str],
 ) -> Result<HashMap<String, (String, u64)>> {
-    let context = |error| errors::from_statement(error, "find recovered outputs");
     let query = session.query(
         "select id, stream, stream_sequence from oncely.recovered_output where id = any($1)",
     );
@@ -174,7 +168,7 @@ pub(super) async fn find_recovered(
         .bind(ids)
         .fetch_all(session.connection())
         .await
-        .map_err(context)?;
+        .doing("find recovered outputs")?;
     let place = |row: &PgRow| {
         Ok((
             row.try_get(0)?,
@@ -184,7 +178,7 @@ pub(super) async fn find_recovered(
     rows.iter()
         .map(place)
         .collect::<sqlx::Result<_>>()
-        .map_err(context)
+        .doing("find recovered outputs")
 }
 
 /// The events among these that are in the worker's inbox.
@@ -193,7 +187,6 @@ pub(super) async fn known_events(
     worker: &str,
     event_ids: &[&str],
 ) -> Result<Vec<String>> {
-    let context = |error| errors::from_statement(error, "find events in the inbox");
     let query =
         session.query("select event_id from oncely.inbox where worker = $1 and event_id = any($2)");
     let rows = query
@@ -201,9 +194,9 @@ pub(super) async fn known_events(
         .bind(event_ids)
         .fetch_all(session.connection())
         .await
-        .map_err(context)?;
+        .doing("find events in the inbox")?;
     rows.iter()
         .map(|row| row.try_get(0))
         .collect::<sqlx::Result<_>>()
-        .map_err(context)
+        .doing("find events in the inbox")
 }

@@ -1,11 +1,12 @@
 //! Alarms, and the groups of dead letters that raise one when they are new.
 
+use super::errors::Doing;
 use anyhow::Context;
 use sqlx::Row;
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 
+use super::outbox;
 use super::session::Session;
-use super::{errors, outbox};
 use crate::model::alarm::{
     Alarm, AlarmStep, AlarmUpdate, NEW_FAILURE_RESET_AFTER, NEW_FAILURES_WINDOW, Notice,
 };
@@ -27,7 +28,7 @@ pub(super) async fn list(readers: &SqlitePool) -> Result<Vec<Alarm>> {
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "read the alarms"))?;
+    .doing("read the alarms")?;
     rows.iter().map(rows::alarm).collect()
 }
 
@@ -39,7 +40,7 @@ pub(super) async fn depths(readers: &SqlitePool) -> Result<Vec<DeadLetterDepth>>
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "count open dead letters"))?;
+    .doing("count open dead letters")?;
     let read = |row: &SqliteRow| -> sqlx::Result<DeadLetterDepth> {
         Ok(DeadLetterDepth {
             worker: row.try_get(0)?,
@@ -86,7 +87,6 @@ pub(super) async fn append_notices(
 }
 
 async fn raise(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notice>> {
-    let context = |error| errors::from_statement(error, "raise an alarm");
     let row = sqlx::query(
         "insert into oncely_alarm (worker, kind, group_id, times, value, threshold) values ($1, $2, $3, 1, $4, $5)
          on conflict (worker, kind, group_id) do update
@@ -101,14 +101,13 @@ async fn raise(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notic
     .bind(shared::signed(step.value)?)
     .bind(shared::signed(step.threshold)?)
     .bind(step.times)
-    .fetch_optional(session.connection().map_err(context)?)
+    .fetch_optional(session.connection().doing("raise an alarm")?)
     .await
-    .map_err(context)?;
+    .doing("raise an alarm")?;
     row.map(|row| rows::notice(&row, step)).transpose()
 }
 
 async fn clear(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notice>> {
-    let context = |error| errors::from_statement(error, "clear an alarm");
     let row = sqlx::query(
         "update oncely_alarm set cleared_at = cast(unixepoch('subsec') * 1000000 as integer), below_since = null
          where worker = $1 and kind = $2 and group_id = $3 and cleared_at is null and times = $4
@@ -118,9 +117,9 @@ async fn clear(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notic
     .bind(step.kind.as_str())
     .bind(shared::group_id(step.group.as_ref()))
     .bind(step.times)
-    .fetch_optional(session.connection().map_err(context)?)
+    .fetch_optional(session.connection().doing("clear an alarm")?)
     .await
-    .map_err(context)?;
+    .doing("clear an alarm")?;
     row.map(|row| rows::notice(&row, step)).transpose()
 }
 
@@ -130,7 +129,6 @@ async fn set_calm(
     step: &AlarmUpdate,
     is_calm: bool,
 ) -> Result<Option<Notice>> {
-    let context = |error| errors::from_statement(error, "record the recovery of an alarm");
     sqlx::query(
         "update oncely_alarm
          set below_since = iif($5, coalesce(below_since, cast(unixepoch('subsec') * 1000000 as integer)), null)
@@ -141,9 +139,9 @@ async fn set_calm(
     .bind(shared::group_id(step.group.as_ref()))
     .bind(step.times)
     .bind(is_calm)
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("record the recovery of an alarm")?)
     .await
-    .map_err(context)?;
+    .doing("record the recovery of an alarm")?;
     Ok(None)
 }
 
@@ -168,22 +166,21 @@ pub(super) async fn record_failures(
 /// Whether a failure was never seen before, or returns after a while without open dead letters.
 /// Records when it was last seen, unless the recorded time is recent.
 async fn is_new(session: &mut Session, worker: &str, group: &FailureGroup) -> Result<bool> {
-    let context = |error| errors::from_statement(error, "look up a failure");
     let known = sqlx::query(
         "select (cast(unixepoch('subsec') * 1000000 as integer) - last_seen) / 1000,
              exists (select 1 from oncely_dead_letter where group_id = $1 and state in ('open', 'redriven'))
          from oncely_dead_letter_group where id = $1",
     )
     .bind(&group.id)
-    .fetch_optional(session.connection().map_err(context)?)
+    .fetch_optional(session.connection().doing("look up a failure")?)
     .await
-    .map_err(context)?;
+    .doing("look up a failure")?;
     let Some(known) = known else {
         return insert(session, worker, group).await.map(|()| true);
     };
     let (away_ms, is_open): (i64, bool) = (
-        known.try_get(0).map_err(context)?,
-        known.try_get(1).map_err(context)?,
+        known.try_get(0).doing("look up a failure")?,
+        known.try_get(1).doing("look up a failure")?,
     );
 
     // Avoid a write per message: the recorded time need not be exact.
@@ -192,15 +189,14 @@ async fn is_new(session: &mut Session, worker: &str, group: &FailureGroup) -> Re
             "update oncely_dead_letter_group set last_seen = cast(unixepoch('subsec') * 1000000 as integer) where id = $1",
         )
         .bind(&group.id)
-        .execute(session.connection().map_err(context)?)
+        .execute(session.connection().doing("look up a failure")?)
         .await
-        .map_err(context)?;
+        .doing("look up a failure")?;
     }
     Ok(!is_open && shared::is_longer(away_ms, NEW_FAILURE_RESET_AFTER))
 }
 
 async fn insert(session: &mut Session, worker: &str, group: &FailureGroup) -> Result<()> {
-    let context = |error| errors::from_statement(error, "record a failure");
     sqlx::query(
         "insert into oncely_dead_letter_group (id, worker, reason, code, shape, place) values ($1, $2, $3, $4, $5, $6)",
     )
@@ -210,39 +206,42 @@ async fn insert(session: &mut Session, worker: &str, group: &FailureGroup) -> Re
     .bind(group.code.as_deref().map(shared::printable))
     .bind(shared::printable(&group.shape))
     .bind(group.place.as_deref().map(shared::printable))
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("record a failure")?)
     .await
-    .map_err(context)?;
+    .doing("record a failure")?;
     Ok(())
 }
 
 async fn recently_raised(session: &mut Session, worker: &str) -> Result<u64> {
-    let context = |error| errors::from_statement(error, "count new failures");
     let row = sqlx::query(
         "select count(*) from oncely_alarm where worker = $1 and kind = 'new-failure'
              and raised_at > cast(unixepoch('subsec') * 1000000 as integer) - $2",
     )
     .bind(worker)
     .bind(shared::micros(NEW_FAILURES_WINDOW))
-    .fetch_one(session.connection().map_err(context)?)
+    .fetch_one(session.connection().doing("count new failures")?)
     .await
-    .map_err(context)?;
-    row.try_get(0).map(shared::unsigned).map_err(context)
+    .doing("count new failures")?;
+    row.try_get(0)
+        .map(shared::unsigned)
+        .doing("count new failures")
 }
 
 /// Raises an alarm regardless of how often it was raised before, unless it is still raised.
 async fn raise_again(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notice>> {
-    let context = |error| errors::from_statement(error, "look up an alarm");
     let row = sqlx::query(
         "select times from oncely_alarm where worker = $1 and kind = $2 and group_id = $3",
     )
     .bind(&step.worker)
     .bind(step.kind.as_str())
     .bind(shared::group_id(step.group.as_ref()))
-    .fetch_optional(session.connection().map_err(context)?)
+    .fetch_optional(session.connection().doing("look up an alarm")?)
     .await
-    .map_err(context)?;
-    let times: Option<u32> = row.map(|row| row.try_get(0)).transpose().map_err(context)?;
+    .doing("look up an alarm")?;
+    let times: Option<u32> = row
+        .map(|row| row.try_get(0))
+        .transpose()
+        .doing("look up an alarm")?;
     raise(
         session,
         &AlarmUpdate {

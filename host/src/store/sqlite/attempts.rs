@@ -4,7 +4,7 @@ use bytes::Bytes;
 use sqlx::Row;
 use sqlx::sqlite::SqlitePool;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::{AttemptRecord, CountedAttempt, FailedAttempt, Result, rows, shared};
 
@@ -15,7 +15,6 @@ pub(super) async fn count(
     worker: &str,
     failed: &[FailedAttempt],
 ) -> Result<Vec<CountedAttempt>> {
-    let context = |error| errors::from_statement(error, "count failed attempts");
     let mut counts = Vec::with_capacity(failed.len());
     for given in failed {
         let row = sqlx::query(
@@ -30,10 +29,10 @@ pub(super) async fn count(
         .bind(given.code.as_deref().map(shared::printable))
         .bind(shared::printable(&given.error))
         .bind(shared::printable(&given.logs))
-        .fetch_one(session.connection().map_err(context)?)
+        .fetch_one(session.connection().doing("count failed attempts")?)
         .await
-        .map_err(context)?;
-        let attempt = row.try_get(0).map_err(context)?;
+        .doing("count failed attempts")?;
+        let attempt = row.try_get(0).doing("count failed attempts")?;
         let is_repeat = is_repeat(session, worker, attempt, given).await?;
         save_recording(session, worker, attempt, given).await?;
         counts.push(CountedAttempt { attempt, is_repeat });
@@ -55,7 +54,6 @@ async fn is_repeat(
     else {
         return Ok(false);
     };
-    let context = |error| errors::from_statement(error, "compare the recordings of two attempts");
     let row = sqlx::query(
         "select 1 from oncely_recording where worker = $1 and event_id = $2 and attempt = $3 - 1 and digest = $4",
     )
@@ -63,9 +61,9 @@ async fn is_repeat(
     .bind(&given.event_id)
     .bind(attempt)
     .bind(digest.as_slice())
-    .fetch_optional(session.connection().map_err(context)?)
+    .fetch_optional(session.connection().doing("compare the recordings of two attempts")?)
     .await
-    .map_err(context)?;
+    .doing("compare the recordings of two attempts")?;
     Ok(row.is_some())
 }
 
@@ -79,7 +77,6 @@ async fn save_recording(
     let Some(recording) = &given.recording else {
         return delete_recording(session, worker, &given.event_id).await;
     };
-    let context = |error| errors::from_statement(error, "store the recording of an attempt");
     sqlx::query(
         "insert or replace into oncely_recording (worker, event_id, attempt, digest, recording) values ($1, $2, $3, $4, $5)",
     )
@@ -88,9 +85,9 @@ async fn save_recording(
     .bind(attempt)
     .bind(recording.digest.as_ref().map(<[u8; 32]>::as_slice))
     .bind(recording.json.as_ref())
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("store the recording of an attempt")?)
     .await
-    .map_err(context)?;
+    .doing("store the recording of an attempt")?;
     Ok(())
 }
 
@@ -100,13 +97,16 @@ pub(super) async fn delete_recording(
     worker: &str,
     event_id: &str,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "delete the recording of an attempt");
     sqlx::query("delete from oncely_recording where worker = $1 and event_id = $2")
         .bind(worker)
         .bind(event_id)
-        .execute(session.connection().map_err(context)?)
+        .execute(
+            session
+                .connection()
+                .doing("delete the recording of an attempt")?,
+        )
         .await
-        .map_err(context)?;
+        .doing("delete the recording of an attempt")?;
     Ok(())
 }
 
@@ -123,7 +123,7 @@ pub(super) async fn recording(
     .bind(event_id)
     .fetch_optional(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "read the recording of an attempt"))?;
+    .doing("read the recording of an attempt")?;
     Ok(recording.map(Bytes::from))
 }
 
@@ -134,7 +134,6 @@ pub(super) async fn write_crash_marker(
     worker: &str,
     event_id: &str,
 ) -> Result<u32> {
-    let context = |error| errors::from_statement(error, "write a crash marker");
     let row = sqlx::query(
         "insert into oncely_crash_marker (worker, event_id, starts) values ($1, $2, 1)
          on conflict (worker, event_id) do update set starts = starts + 1
@@ -142,10 +141,10 @@ pub(super) async fn write_crash_marker(
     )
     .bind(worker)
     .bind(event_id)
-    .fetch_one(session.connection().map_err(context)?)
+    .fetch_one(session.connection().doing("write a crash marker")?)
     .await
-    .map_err(context)?;
-    row.try_get(0).map_err(context)
+    .doing("write a crash marker")?;
+    row.try_get(0).doing("write a crash marker")
 }
 
 /// Clears the crash marker of a message.
@@ -154,13 +153,12 @@ pub(super) async fn clear_crash_marker(
     worker: &str,
     event_id: &str,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "clear a crash marker");
     sqlx::query("delete from oncely_crash_marker where worker = $1 and event_id = $2")
         .bind(worker)
         .bind(event_id)
-        .execute(session.connection().map_err(context)?)
+        .execute(session.connection().doing("clear a crash marker")?)
         .await
-        .map_err(context)?;
+        .doing("clear a crash marker")?;
     Ok(())
 }
 
@@ -178,6 +176,6 @@ pub(super) async fn for_event(
     .bind(event_id)
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "read attempts"))?;
+    .doing("read attempts")?;
     Ok(rows::list(&rows, rows::attempt))
 }

@@ -1,6 +1,7 @@
 //! Row changes of a transaction: SQLite reports each touched row, and a reader supplies the old
 //! one.
 
+use super::errors::Doing;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,8 +9,8 @@ use serde_json::{Map, Value as Json};
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 use sqlx::{AssertSqlSafe, Column, Row};
 
+use super::guest_values;
 use super::session::Session;
-use super::{errors, guest_values};
 use crate::model::sql::Value;
 use crate::store::{Changes, Result, RowChange};
 
@@ -34,16 +35,15 @@ struct TouchedRows {
 
 /// Starts tracking row changes.
 pub(super) async fn track(session: &mut Session) -> Result<ChangeTracker> {
-    let context = |error| errors::from_statement(error, "track row changes");
     let changes_before = total_changes(session).await?;
     let touched = Arc::new(Mutex::new(TouchedRows::default()));
     let shared = Arc::clone(&touched);
     let mut handle = session
         .connection()
-        .map_err(context)?
+        .doing("track row changes")?
         .lock_handle()
         .await
-        .map_err(context)?;
+        .doing("track row changes")?;
     handle.set_update_hook(move |change| {
         let mut touched = shared.lock().unwrap_or_else(PoisonError::into_inner);
         touched.reported += 1;
@@ -60,13 +60,12 @@ pub(super) async fn track(session: &mut Session) -> Result<ChangeTracker> {
 
 /// Stops tracking row changes.
 pub(super) async fn stop_tracking(session: &mut Session) -> Result<()> {
-    let context = |error| errors::from_statement(error, "stop tracking row changes");
     session
         .connection()
-        .map_err(context)?
+        .doing("stop tracking row changes")?
         .lock_handle()
         .await
-        .map_err(context)?
+        .doing("stop tracking row changes")?
         .remove_update_hook();
     Ok(())
 }
@@ -78,7 +77,6 @@ pub(super) async fn changes(
     tracker: &ChangeTracker,
     limit: usize,
 ) -> Result<Changes> {
-    let context = |error| errors::from_statement(error, "compare rows");
     let made = total_changes(session).await? - tracker.changes_before;
     let (rows, reported) = {
         let mut touched = tracker
@@ -90,7 +88,7 @@ pub(super) async fn changes(
 
     // Compare each touched row with its committed version.
     let mut changes = Changes::default();
-    let mut reader = readers.acquire().await.map_err(context)?;
+    let mut reader = readers.acquire().await.doing("compare rows")?;
     for (table, rowid) in rows.iter().take(limit) {
         let select = format!(
             "select * from \"{}\" where _rowid_ = $1",
@@ -102,11 +100,11 @@ pub(super) async fn changes(
             .await;
         let after = sqlx::query(AssertSqlSafe(select)).bind(rowid);
         let after = after
-            .fetch_optional(session.connection().map_err(context)?)
+            .fetch_optional(session.connection().doing("compare rows")?)
             .await
-            .map_err(context)?;
+            .doing("compare rows")?;
         let (before, after) = (
-            before.map_err(context)?.as_ref().map(row_as_json),
+            before.doing("compare rows")?.as_ref().map(row_as_json),
             after.as_ref().map(row_as_json),
         );
         if before != after {
@@ -136,11 +134,10 @@ pub(super) async fn changes(
 }
 
 async fn total_changes(session: &mut Session) -> Result<i64> {
-    let context = |error| errors::from_statement(error, "count changes");
     sqlx::query_scalar("select total_changes()")
-        .fetch_one(session.connection().map_err(context)?)
+        .fetch_one(session.connection().doing("count changes")?)
         .await
-        .map_err(context)
+        .doing("count changes")
 }
 
 fn row_as_json(row: &SqliteRow) -> Json {

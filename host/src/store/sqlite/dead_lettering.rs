@@ -1,11 +1,12 @@
 //! Writing dead letters: the original bytes and headers of messages that could not be handled.
 
+use super::errors::Doing;
 use std::collections::{HashMap, HashSet};
 
 use sqlx::Row;
 
 use super::session::Session;
-use super::{alarms, errors, outbox};
+use super::{alarms, outbox};
 use crate::model::verdict::DeadLetter;
 use crate::store::shared::{self, InboxRecord, NewDeadLetter};
 use crate::store::{AlarmNotices, OutboxRow, Output, Result};
@@ -51,7 +52,6 @@ async fn settle(
     session: &mut Session,
     new_dead_letters: &[NewDeadLetter<'_>],
 ) -> Result<HashSet<(String, String)>> {
-    let context = |error| errors::from_statement(error, "settle dead events");
     let mut inserted = HashSet::new();
     for new_dead_letter in new_dead_letters {
         let (worker, event_id) = new_dead_letter.key();
@@ -64,9 +64,9 @@ async fn settle(
         .bind(new_dead_letter.payload_sha256.as_slice())
         .bind(new_dead_letter.origin().map(|(stream, _)| stream))
         .bind(new_dead_letter.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?)
-        .execute(session.connection().map_err(context)?)
+        .execute(session.connection().doing("settle dead events")?)
         .await
-        .map_err(context)?;
+        .doing("settle dead events")?;
         if result.rows_affected() == 1 {
             inserted.insert((worker.to_owned(), event_id.to_owned()));
         }
@@ -78,7 +78,6 @@ async fn inbox_records(
     session: &mut Session,
     new_dead_letters: &[NewDeadLetter<'_>],
 ) -> Result<HashMap<(String, String), InboxRecord>> {
-    let context = |error| errors::from_statement(error, "look up dead events");
     let mut inbox_records = HashMap::new();
     for new_dead_letter in new_dead_letters {
         let (worker, event_id) = new_dead_letter.key();
@@ -86,11 +85,11 @@ async fn inbox_records(
             sqlx::query("select payload_sha256, state = 'dead' from oncely_inbox where worker = $1 and event_id = $2")
                 .bind(worker)
                 .bind(event_id)
-                .fetch_one(session.connection().map_err(context)?)
+                .fetch_one(session.connection().doing("look up dead events")?)
                 .await
-                .map_err(context)?;
-        let payload_sha256 = row.try_get(0).map_err(context)?;
-        let is_dead = row.try_get(1).map_err(context)?;
+                .doing("look up dead events")?;
+        let payload_sha256 = row.try_get(0).doing("look up dead events")?;
+        let is_dead = row.try_get(1).doing("look up dead events")?;
         inbox_records.insert(
             (worker.to_owned(), event_id.to_owned()),
             InboxRecord {
@@ -108,7 +107,6 @@ async fn insert(
     session: &mut Session,
     new_dead_letter: &NewDeadLetter<'_>,
 ) -> Result<Option<(i64, u32)>> {
-    let context = |error| errors::from_statement(error, "write a dead letter");
     let dead_letter = new_dead_letter.dead_letter;
     let row = sqlx::query(
         "insert into oncely_dead_letter (worker, event_id, payload_sha256, reason, code, detail, attempts, version,
@@ -136,10 +134,10 @@ async fn insert(
     .bind(new_dead_letter.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?)
     .bind(new_dead_letter.stored_at())
     .bind(&new_dead_letter.group.id)
-    .fetch_optional(session.connection().map_err(context)?)
+    .fetch_optional(session.connection().doing("write a dead letter")?)
     .await
-    .map_err(context)?;
+    .doing("write a dead letter")?;
     row.map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .transpose()
-        .map_err(context)
+        .doing("write a dead letter")
 }

@@ -1,10 +1,11 @@
 //! Reading dead letters: the original bytes and headers of messages, and their failure history.
 
+use super::errors::Doing;
 use jiff::Timestamp;
 use sqlx::query::Query;
 use sqlx::sqlite::{Sqlite, SqliteArguments, SqlitePool};
 
-use super::{attempts, errors};
+use super::attempts;
 use crate::store::{
     AuditRecord, DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
     DeadLetterSummary, EditRecord, Result, rows,
@@ -83,7 +84,7 @@ pub(super) async fn list(
         .bind(filter.limit)
         .fetch_all(readers)
         .await
-        .map_err(|error| errors::from_statement(error, "list dead letters"))?;
+        .doing("list dead letters")?;
     Ok(rows::list(&rows, rows::dead_letter_summary))
 }
 
@@ -116,7 +117,7 @@ pub(super) async fn groups(
     let rows = fitting(query, filter)
         .fetch_all(readers)
         .await
-        .map_err(|error| errors::from_statement(error, "group dead letters"))?;
+        .doing("group dead letters")?;
     Ok(rows::list(&rows, rows::dead_letter_group))
 }
 
@@ -130,7 +131,7 @@ pub(super) async fn find(readers: &SqlitePool, id: i64) -> Result<Option<DeadLet
         .bind(id)
         .fetch_optional(readers)
         .await
-        .map_err(|error| errors::from_statement(error, "read a dead letter"))?;
+        .doing("read a dead letter")?;
     let Some(row) = row else { return Ok(None) };
     let mut dead_letter = rows::dead_letter(&row)?;
     let (worker, event_id) = (
@@ -154,7 +155,7 @@ async fn edits(readers: &SqlitePool, id: i64) -> Result<Vec<EditRecord>> {
         .bind(id)
         .fetch_all(readers)
         .await
-        .map_err(|error| errors::from_statement(error, "read corrected bodies"))?;
+        .doing("read corrected bodies")?;
     Ok(rows::list(&rows, rows::dead_letter_edit))
 }
 
@@ -163,9 +164,11 @@ async fn audit(readers: &SqlitePool, id: i64) -> Result<Vec<AuditRecord>> {
         "select action, generation, actor, note, at
          from oncely_dead_letter_audit where dead_letter_id = $1 order by seq",
     );
-    let rows = query.bind(id).fetch_all(readers).await.map_err(|error| {
-        errors::from_statement(error, "read the audit records of a dead letter")
-    })?;
+    let rows = query
+        .bind(id)
+        .fetch_all(readers)
+        .await
+        .doing("read the audit records of a dead letter")?;
     Ok(rows::list(&rows, rows::dead_letter_audit))
 }
 
@@ -183,7 +186,7 @@ async fn inbox_state(
         .bind(event_id)
         .fetch_optional(readers)
         .await
-        .map_err(|error| errors::from_statement(error, "look up an event"))?;
+        .doing("look up an event")?;
     row.as_ref().map(rows::inbox_state).transpose()
 }
 
@@ -201,6 +204,6 @@ async fn outputs(
         .bind(event_id)
         .fetch_all(readers)
         .await
-        .map_err(|error| errors::from_statement(error, "look up an event's outputs"))?;
+        .doing("look up an event's outputs")?;
     Ok(rows::list(&rows, rows::dead_letter_output))
 }

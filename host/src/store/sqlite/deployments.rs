@@ -6,22 +6,21 @@ use anyhow::anyhow;
 use sqlx::sqlite::SqlitePool;
 use sqlx::{AssertSqlSafe, Row, raw_sql};
 
-use super::errors;
+use super::errors::{self, Doing};
 use super::session::Session;
 use crate::model::sql::SqlError;
 use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, rows, shared};
 
 /// Stores a component, unless one with this digest is stored already.
 pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u8]) -> Result<()> {
-    let context = |error| errors::from_statement(error, "store a component");
     sqlx::query(
         "insert into oncely_component (digest, wasm) values ($1, $2) on conflict do nothing",
     )
     .bind(digest)
     .bind(wasm)
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("store a component")?)
     .await
-    .map_err(context)?;
+    .doing("store a component")?;
     Ok(())
 }
 
@@ -31,10 +30,10 @@ pub(super) async fn component(readers: &SqlitePool, digest: &str) -> Result<Opti
         .bind(digest)
         .fetch_optional(readers)
         .await
-        .map_err(|error| errors::from_statement(error, "read a component"))?;
+        .doing("read a component")?;
     row.map(|row| row.try_get(0))
         .transpose()
-        .map_err(|error| errors::from_statement(error, "read a component"))
+        .doing("read a component")
 }
 
 /// Runs the due migrations, writes the next deployment and activates it.
@@ -71,17 +70,16 @@ async fn applied_migrations(
     session: &mut Session,
     worker: &str,
 ) -> Result<HashMap<String, Vec<u8>>> {
-    let context = |error| errors::from_statement(error, "read the applied migrations");
     let rows = sqlx::query("select name, sha256 from oncely_worker_migration where worker = $1")
         .bind(worker)
-        .fetch_all(session.connection().map_err(context)?)
+        .fetch_all(session.connection().doing("read the applied migrations")?)
         .await
-        .map_err(context)?;
+        .doing("read the applied migrations")?;
     let applied: sqlx::Result<_> = rows
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .collect();
-    applied.map_err(context)
+    applied.doing("read the applied migrations")
 }
 
 async fn run_migration(
@@ -142,7 +140,6 @@ async fn insert(
 }
 
 async fn activate_version(session: &mut Session, worker: &str, version: u32) -> Result<()> {
-    let context = |error| errors::from_statement(error, "activate a deployment");
     sqlx::query(
         "insert into oncely_worker (name, version) values ($1, $2)
          on conflict (name) do update
@@ -150,21 +147,20 @@ async fn activate_version(session: &mut Session, worker: &str, version: u32) -> 
     )
     .bind(worker)
     .bind(version)
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("activate a deployment")?)
     .await
-    .map_err(context)?;
+    .doing("activate a deployment")?;
     Ok(())
 }
 
 /// Leaves a worker without an active version.
 pub(super) async fn retire(session: &mut Session, worker: &str) -> Result<()> {
-    let context = |error| errors::from_statement(error, "retire a worker");
     let query = sqlx::query("delete from oncely_worker where name = $1").bind(worker);
     query
-        .execute(session.connection().map_err(context)?)
+        .execute(session.connection().doing("retire a worker")?)
         .await
         .map(|_| ())
-        .map_err(context)
+        .doing("retire a worker")
 }
 
 /// Activates a version; none if it was never deployed.
@@ -173,15 +169,14 @@ pub(super) async fn activate(
     worker: &str,
     version: u32,
 ) -> Result<Option<DeploymentRecord>> {
-    let context = |error| errors::from_statement(error, "find a deployment");
     let row = sqlx::query(
         "select worker, version, digest, manifest, created_at from oncely_deployment where worker = $1 and version = $2",
     )
     .bind(worker)
     .bind(version)
-    .fetch_optional(session.connection().map_err(context)?)
+    .fetch_optional(session.connection().doing("find a deployment")?)
     .await
-    .map_err(context)?;
+    .doing("find a deployment")?;
     let Some(row) = row else { return Ok(None) };
     activate_version(session, worker, version).await?;
     rows::deployment(&row).map(Some)
@@ -198,7 +193,7 @@ pub(super) async fn active(readers: &SqlitePool) -> Result<Vec<DeploymentRecord>
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "read active deployments"))?;
+    .doing("read active deployments")?;
     rows.iter().map(rows::deployment).collect()
 }
 
@@ -210,7 +205,7 @@ pub(super) async fn newest(readers: &SqlitePool) -> Result<Vec<DeploymentRecord>
     )
     .fetch_all(readers)
     .await;
-    rows.map_err(|error| errors::from_statement(error, "read the newest deployments"))?
+    rows.doing("read the newest deployments")?
         .iter()
         .map(rows::deployment)
         .collect()
@@ -228,6 +223,6 @@ pub(super) async fn for_worker(
     .bind(worker)
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "read deployments"))?;
+    .doing("read deployments")?;
     rows.iter().map(rows::deployment).collect()
 }

@@ -27,6 +27,18 @@ const NOTADB: i32 = 26;
 const CONSTRAINT_COMMITHOOK: i32 = 531;
 const CONSTRAINT_FOREIGNKEY: i32 = 787;
 
+/// Adds the context of a platform statement to its error.
+pub(super) trait Doing<T> {
+    /// `context` names the action in the present tense, such as `read the outbox`.
+    fn doing(self, context: &'static str) -> Result<T, StoreError>;
+}
+
+impl<T> Doing<T> for sqlx::Result<T> {
+    fn doing(self, context: &'static str) -> Result<T, StoreError> {
+        self.map_err(|error| from_statement(error, context))
+    }
+}
+
 /// The error of a statement of the platform.
 pub(super) fn from_statement(error: Error, context: &'static str) -> StoreError {
     let is_conflict = matches!(primary(&error), BUSY | LOCKED);

@@ -1,5 +1,6 @@
 //! Guest statements: checked, bound, decoded by storage class, stopped at their limits.
 
+use super::errors::Doing;
 use std::time::Duration;
 
 use futures::TryStreamExt;
@@ -74,9 +75,7 @@ pub(super) async fn execute(
     };
     session.begin_guest_statement(guests.time).await?;
     let query = sqlx::query_with(AssertSqlSafe(text), arguments);
-    let connection = session
-        .connection()
-        .map_err(|error| errors::from_statement(error, "run a guest's statement"))?;
+    let connection = session.connection().doing("run a guest's statement")?;
     let outcome = match query.execute(connection).await {
         Ok(result) if facts.changes_rows => Ok(StatementOutcome::Done(result.rows_affected())),
         Ok(_) => Ok(StatementOutcome::Done(0)),
@@ -95,9 +94,7 @@ async fn fetch(
     reads_only: bool,
 ) -> Result<StatementOutcome<Rows>> {
     let query = sqlx::query_with(AssertSqlSafe(statement), arguments);
-    let connection = session
-        .connection()
-        .map_err(|error| errors::from_statement(error, "run a guest's statement"))?;
+    let connection = session.connection().doing("run a guest's statement")?;
     let mut stream = connection.fetch_many(query);
     let mut rows = Rows::default();
     let mut bytes = 0;

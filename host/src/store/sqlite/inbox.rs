@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use sqlx::Row;
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::{Claim, Claimed, Result, shared};
 
@@ -43,7 +43,6 @@ pub(super) async fn claim(
 
 /// Reclaims a redriven event, so that it can be claimed although it is dead.
 async fn reclaim(session: &mut Session, worker: &str, claim: &Claim) -> Result<()> {
-    let context = |error| errors::from_statement(error, "reclaim a redriven event");
     sqlx::query(
         "delete from oncely_inbox as inbox
          where worker = $1 and event_id = $2 and payload_sha256 = $3 and state = 'dead' and exists (
@@ -54,15 +53,14 @@ async fn reclaim(session: &mut Session, worker: &str, claim: &Claim) -> Result<(
     .bind(worker)
     .bind(&claim.event_id)
     .bind(claim.payload_sha256.as_slice())
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("reclaim a redriven event")?)
     .await
-    .map_err(context)?;
+    .doing("reclaim a redriven event")?;
     Ok(())
 }
 
 /// Claims the event ids that do not exist yet, and returns them.
 async fn insert(session: &mut Session, worker: &str, given: &str) -> Result<HashSet<String>> {
-    let context = |error| errors::from_statement(error, "claim event ids");
     let rows = sqlx::query(
         "insert into oncely_inbox (worker, event_id, state, payload_sha256, stream, stream_sequence)
          select $1, value ->> 'event_id', 'done', unhex(value ->> 'payload'), value ->> 'stream', value ->> 'sequence'
@@ -72,11 +70,11 @@ async fn insert(session: &mut Session, worker: &str, given: &str) -> Result<Hash
     )
     .bind(worker)
     .bind(given)
-    .fetch_all(session.connection().map_err(context)?)
+    .fetch_all(session.connection().doing("claim event ids")?)
     .await
-    .map_err(context)?;
+    .doing("claim event ids")?;
     let fresh: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
-    fresh.map_err(|error| errors::from_statement(error, "read claimed event ids"))
+    fresh.doing("read claimed event ids")
 }
 
 /// Payload hash and attempts of each event id, in the given order. The `cross join` keeps SQLite
@@ -86,7 +84,6 @@ async fn find_existing(
     worker: &str,
     given: &str,
 ) -> Result<Vec<(Vec<u8>, i64)>> {
-    let context = |error| errors::from_statement(error, "look up event ids");
     let rows = sqlx::query(
         "select inbox.payload_sha256,
              (select coalesce(max(attempt), 0) from oncely_attempt as attempt
@@ -97,12 +94,12 @@ async fn find_existing(
     )
     .bind(worker)
     .bind(given)
-    .fetch_all(session.connection().map_err(context)?)
+    .fetch_all(session.connection().doing("look up event ids")?)
     .await
-    .map_err(context)?;
+    .doing("look up event ids")?;
     let read = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?));
     let found: sqlx::Result<_> = rows.iter().map(read).collect();
-    found.map_err(|error| errors::from_statement(error, "read event ids"))
+    found.doing("read event ids")
 }
 
 /// Releases claims of this transaction. A redriven event is dead again.
@@ -111,7 +108,6 @@ pub(super) async fn release_claims(
     worker: &str,
     event_ids: &[&str],
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "release claims");
     let event_ids = serde_json::json!(event_ids).to_string();
 
     // The record of a redriven event becomes dead again.
@@ -124,9 +120,9 @@ pub(super) async fn release_claims(
     )
     .bind(worker)
     .bind(&event_ids)
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("release claims")?)
     .await
-    .map_err(context)?;
+    .doing("release claims")?;
 
     // All other records disappear.
     sqlx::query(
@@ -135,9 +131,9 @@ pub(super) async fn release_claims(
     )
     .bind(worker)
     .bind(event_ids)
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("release claims")?)
     .await
-    .map_err(context)?;
+    .doing("release claims")?;
     Ok(())
 }
 
@@ -156,7 +152,7 @@ pub(super) async fn done(
     .bind(serde_json::json!(event_ids).to_string())
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "look up events"))?;
+    .doing("look up events")?;
     let done: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
-    done.map_err(|error| errors::from_statement(error, "read events"))
+    done.doing("read events")
 }

@@ -27,6 +27,7 @@ mod totals;
 mod tx;
 mod watermarks;
 
+use errors::Doing;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -154,9 +155,7 @@ impl Store for SqliteStore {
         let answer = sqlx::query("select 1 from oncely_migration")
             .fetch_optional(&self.readers)
             .await;
-        answer
-            .map(|_| ())
-            .map_err(|error| errors::from_statement(error, "read from SQLite"))
+        answer.map(|_| ()).doing("read from SQLite")
     }
 
     async fn retire_worker(&self, worker: &str) -> Result<()> {

@@ -8,7 +8,7 @@ use anyhow::Context;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::shared::{self, KEY_QUEUE_MAX, ReleaseColumns};
 use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished, rows};
@@ -89,7 +89,6 @@ struct KeyQueue {
 
 impl KeyQueue {
     async fn load(session: &mut Session, worker: &str, key: &str) -> Result<Self> {
-        let context = |error| errors::from_statement(error, "read the queue of a key");
         let rows = sqlx::query(
             "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
              select seq, coalesce(blocked_by, seq),
@@ -101,12 +100,12 @@ impl KeyQueue {
         .bind(worker)
         .bind(key)
         .bind(KEY_QUEUE_MAX as u32)
-        .fetch_all(session.connection().map_err(context)?)
+        .fetch_all(session.connection().doing("read the queue of a key")?)
         .await
-        .map_err(context)?;
+        .doing("read the queue of a key")?;
         let read = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?));
         let rows: sqlx::Result<Vec<(i64, i64, bool)>> = rows.iter().map(read).collect();
-        let rows = rows.map_err(context)?;
+        let rows = rows.doing("read the queue of a key")?;
         let blocked_by: Vec<i64> = rows.iter().map(|(seq, ..)| *seq).collect();
         let blocker = if rows.len() < KEY_QUEUE_MAX {
             rows.iter()
@@ -131,7 +130,6 @@ async fn insert(
     blocked_by: Option<i64>,
     lease: Duration,
 ) -> Result<SqliteRow> {
-    let context = |error| errors::from_statement(error, "append an output");
     sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
          insert into oncely_outbox (worker, id, event_id, ordinal, subject, headers, body, ordering_key, due_at, blocked_by,
@@ -154,9 +152,9 @@ async fn insert(
     .bind(shared::micros(lease))
     .bind(blocked_by)
     .bind(session.instance())
-    .fetch_one(session.connection().map_err(context)?)
+    .fetch_one(session.connection().doing("append an output")?)
     .await
-    .map_err(context)
+    .doing("append an output")
 }
 
 /// Leases due outputs, oldest first. A due output that is not the next of its key is blocked by the
@@ -167,7 +165,6 @@ pub(super) async fn lease(
     limit: u32,
     lease: Duration,
 ) -> Result<Vec<OutboxRow>> {
-    let context = |error| errors::from_statement(error, "lease outputs");
     unblock(session).await?;
 
     // Find due outputs, and for each the row that its key waits for, if any.
@@ -196,9 +193,9 @@ pub(super) async fn lease(
          from routed where is_due",
     )
     .bind(limit)
-    .fetch_all(session.connection().map_err(context)?)
+    .fetch_all(session.connection().doing("lease outputs")?)
     .await
-    .map_err(context)?;
+    .doing("lease outputs")?;
     let candidates: sqlx::Result<Vec<(i64, Option<i64>)>> = candidates
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
@@ -206,7 +203,7 @@ pub(super) async fn lease(
 
     // Block those that are not the next of their key.
     let (next, waiting): (Vec<_>, Vec<_>) = candidates
-        .map_err(context)?
+        .doing("lease outputs")?
         .into_iter()
         .partition(|(_, before)| before.is_none());
     let waiting = waiting
@@ -229,9 +226,9 @@ pub(super) async fn lease(
     .bind(serde_json::json!(next.iter().map(|(seq, _)| *seq).collect::<Vec<_>>()).to_string())
     .bind(shared::micros(lease))
     .bind(session.instance())
-    .fetch_all(session.connection().map_err(context)?)
+    .fetch_all(session.connection().doing("lease outputs")?)
     .await
-    .map_err(context)?;
+    .doing("lease outputs")?;
     let (leased, not_leased) = rows::leased_outputs(&rows)?;
     release(session, &not_leased).await?;
     Ok(leased)
@@ -239,7 +236,6 @@ pub(super) async fn lease(
 
 /// Unblocks outputs that wait for rows that are published or gone.
 async fn unblock(session: &mut Session) -> Result<()> {
-    let context = |error| errors::from_statement(error, "unblock outputs");
     sqlx::query(
         "update oncely_outbox
          set blocked_by = null, leased_until = due_at
@@ -249,15 +245,14 @@ async fn unblock(session: &mut Session) -> Result<()> {
                  select 1 from oncely_outbox as before
                  where before.seq = waited_for.blocked_by and before.published_at is null))",
     )
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("unblock outputs")?)
     .await
-    .map_err(context)?;
+    .doing("unblock outputs")?;
     Ok(())
 }
 
 /// Records where outputs were published. All of them must exist.
 pub(super) async fn mark_published(session: &mut Session, published: &[Published]) -> Result<()> {
-    let context = |error| errors::from_statement(error, "record published outputs");
     let given: Vec<_> = published
         .iter()
         .map(|place| serde_json::json!({"seq": place.seq, "stream": place.stream, "sequence": place.stream_sequence}))
@@ -271,16 +266,15 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
          where oncely_outbox.seq = given.value ->> 'seq'",
     )
     .bind(serde_json::Value::Array(given).to_string())
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("record published outputs")?)
     .await
-    .map_err(context)?;
+    .doing("record published outputs")?;
     shared::check_all_recorded(result.rows_affected(), published.len())
 }
 
 /// Releases the leases of previous instances: there is only one host. Returns the number of
 /// outputs.
 pub(super) async fn release_leases(session: &mut Session) -> Result<u64> {
-    let context = |error| errors::from_statement(error, "release the leases of the previous host");
     let released = sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
          update oncely_outbox set leased_until = now, leased_by = null from clock
@@ -288,9 +282,13 @@ pub(super) async fn release_leases(session: &mut Session) -> Result<u64> {
              and due_at <= now and blocked_by is null and parked_at is null",
     )
     .bind(session.instance())
-    .execute(session.connection().map_err(context)?)
+    .execute(
+        session
+            .connection()
+            .doing("release the leases of the previous host")?,
+    )
     .await
-    .map_err(context)?;
+    .doing("release the leases of the previous host")?;
     Ok(released.rows_affected())
 }
 
@@ -299,7 +297,6 @@ pub(super) async fn release(session: &mut Session, rows: &[(i64, Unpublished)]) 
     if rows.is_empty() {
         return Ok(());
     }
-    let context = |error| errors::from_statement(error, "release outputs");
     let ids = session.output_ids();
     let given = rows.iter().map(|row| ReleaseColumns::of(row, &ids)).map(|row| {
         serde_json::json!({
@@ -323,8 +320,8 @@ pub(super) async fn release(session: &mut Session, rows: &[(i64, Unpublished)]) 
          where oncely_outbox.seq = given.seq and published_at is null and coalesce(id = given.taken, true)",
     )
     .bind(serde_json::Value::Array(given.collect()).to_string())
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("release outputs")?)
     .await
-    .map_err(context)?;
+    .doing("release outputs")?;
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use sqlx::sqlite::SqlitePool;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, rows, shared};
 
@@ -61,7 +61,7 @@ pub(super) async fn list(
         .bind(filter.limit)
         .fetch_all(readers)
         .await
-        .map_err(|error| errors::from_statement(error, "list outputs"))?;
+        .doing("list outputs")?;
     Ok(rows::list(&rows, rows::output_summary))
 }
 
@@ -72,29 +72,26 @@ pub(super) async fn find(readers: &SqlitePool, number: i64) -> Result<Option<Out
         .bind(number)
         .fetch_optional(readers)
         .await
-        .map_err(|error| errors::from_statement(error, "read an output"))?;
+        .doing("read an output")?;
     row.as_ref().map(rows::output).transpose()
 }
 
 /// Makes parked outputs due again. Returns their number.
 pub(super) async fn retry(session: &mut Session, numbers: &[i64]) -> Result<u64> {
-    let context = |error| errors::from_statement(error, "retry outputs");
     let result = sqlx::query(
         "update oncely_outbox
          set parked_at = null, leased_until = cast(unixepoch('subsec') * 1000000 as integer)
          where seq in (select value from json_each($1)) and parked_at is not null",
     )
     .bind(serde_json::json!(numbers).to_string())
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("retry outputs")?)
     .await
-    .map_err(context)?;
+    .doing("retry outputs")?;
     Ok(result.rows_affected())
 }
 
 /// Moves parked outputs to the dropped ones. Returns their number.
 pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> Result<u64> {
-    let context = |error| errors::from_statement(error, "drop outputs");
-
     // Copy the outputs.
     let numbers = serde_json::json!(numbers).to_string();
     sqlx::query(
@@ -106,17 +103,17 @@ pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> 
     )
     .bind(&numbers)
     .bind(shared::printable(note))
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("drop outputs")?)
     .await
-    .map_err(context)?;
+    .doing("drop outputs")?;
 
     // Delete the originals.
     let gone = "delete from oncely_outbox where seq in (select value from json_each($1)) and parked_at is not null";
     let result = sqlx::query(gone)
         .bind(numbers)
-        .execute(session.connection().map_err(context)?)
+        .execute(session.connection().doing("drop outputs")?)
         .await
-        .map_err(context)?;
+        .doing("drop outputs")?;
     Ok(result.rows_affected())
 }
 
@@ -138,7 +135,7 @@ pub(super) async fn lag(readers: &SqlitePool) -> Result<Vec<OutboxLag>> {
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "measure the lag of publishing"))?;
+    .doing("measure the lag of publishing")?;
     rows.iter().map(rows::lag).collect()
 }
 
@@ -149,6 +146,6 @@ pub(super) async fn taken_ids(readers: &SqlitePool) -> Result<BTreeMap<String, u
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "count taken ids"))?;
+    .doing("count taken ids")?;
     rows.iter().map(rows::taken_ids).collect()
 }

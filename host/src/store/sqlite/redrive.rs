@@ -1,5 +1,6 @@
 //! Actions on dead letters: redrive, edit, close.
 
+use super::errors::Doing;
 use anyhow::Context;
 use bytes::Bytes;
 use sqlx::Row;
@@ -119,13 +120,11 @@ pub(super) async fn redriven_message(
     .bind(worker)
     .fetch_optional(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "read a redriven dead letter"))?;
+    .doing("read a redriven dead letter")?;
     match row {
         Some(row) => {
             let message = rows::redriven(&row)?;
-            let active = row
-                .try_get("active")
-                .map_err(|error| errors::from_statement(error, "read a version"))?;
+            let active = row.try_get("active").doing("read a version")?;
             Ok(RedriveLookup::Message(Box::new(message), active))
         }
         None => Ok(RedriveLookup::OutOfDate(Settled::seen_by_store())),
@@ -166,7 +165,6 @@ async fn load_dead_letter(session: &mut Session, id: i64) -> Result<Option<Locke
 }
 
 async fn start_generation(session: &mut Session, id: i64) -> Result<()> {
-    let context = |error| errors::from_statement(error, "redrive a dead letter");
     sqlx::query(
         "update oncely_dead_letter as dead_letter
          set state = 'redriven', generation = generation + 1,
@@ -177,9 +175,9 @@ async fn start_generation(session: &mut Session, id: i64) -> Result<()> {
          where id = $1",
     )
     .bind(id)
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("redrive a dead letter")?)
     .await
-    .map_err(context)?;
+    .doing("redrive a dead letter")?;
     Ok(())
 }
 
@@ -191,28 +189,26 @@ async fn add_missing_record(session: &mut Session, dead_letter: &LockedDeadLette
     {
         return Ok(());
     }
-    let context = |error| errors::from_statement(error, "add the inbox row of a redriven event");
     sqlx::query("insert into oncely_inbox (worker, event_id, state, payload_sha256) values ($1, $2, 'dead', $3)")
         .bind(&dead_letter.worker)
         .bind(&dead_letter.event_id)
         .bind(&dead_letter.payload_sha256)
-        .execute(session.connection().map_err(context)?)
+        .execute(session.connection().doing("add the inbox row of a redriven event")?)
         .await
-        .map_err(context)?;
+        .doing("add the inbox row of a redriven event")?;
     Ok(())
 }
 
 async fn close(session: &mut Session, id: i64, state: DeadLetterState) -> Result<()> {
-    let context = |error| errors::from_statement(error, "close a dead letter");
     sqlx::query(
         "update oncely_dead_letter set state = $2, last_action_at = cast(unixepoch('subsec') * 1000000 as integer)
          where id = $1",
     )
     .bind(id)
     .bind(state.as_str())
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("close a dead letter")?)
     .await
-    .map_err(context)?;
+    .doing("close a dead letter")?;
     Ok(())
 }
 
@@ -222,7 +218,6 @@ async fn edit(
     body: &Bytes,
     attribution: &Attribution,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "store a corrected body");
     sqlx::query(
         "insert into oncely_dead_letter_edit (dead_letter_id, edit, body, actor, note)
          select $1, coalesce(max(edit), 0) + 1, $2, $3, $4 from oncely_dead_letter_edit where dead_letter_id = $1",
@@ -231,9 +226,9 @@ async fn edit(
     .bind(body.as_ref())
     .bind(shared::printable(&attribution.actor))
     .bind(shared::printable(attribution.note.as_deref().unwrap_or_default()))
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("store a corrected body")?)
     .await
-    .map_err(context)?;
+    .doing("store a corrected body")?;
     Ok(())
 }
 
@@ -244,7 +239,6 @@ async fn write_audit(
     action: &str,
     attribution: &Attribution,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "write an audit record");
     sqlx::query(
         "insert into oncely_dead_letter_audit (dead_letter_id, action, generation, actor, note)
          select id, $2, generation, $3, $4 from oncely_dead_letter where id = $1",
@@ -253,8 +247,8 @@ async fn write_audit(
     .bind(action)
     .bind(shared::printable(&attribution.actor))
     .bind(attribution.note.as_deref().map(shared::printable))
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("write an audit record")?)
     .await
-    .map_err(context)?;
+    .doing("write an audit record")?;
     Ok(())
 }

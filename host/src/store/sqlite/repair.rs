@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use sqlx::sqlite::SqlitePool;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::{PublishedOutput, Result, rows, shared};
 
@@ -19,7 +19,7 @@ pub(super) async fn last_published(
          where published_at > cast(unixepoch('subsec') * 1000000 as integer) - $1 group by stream",
     );
     let rows = query.bind(shared::micros(within)).fetch_all(readers).await;
-    rows.map_err(|error| errors::from_statement(error, "read the last published outputs"))?
+    rows.doing("read the last published outputs")?
         .iter()
         .map(rows::published_output)
         .collect()
@@ -34,7 +34,7 @@ pub(super) async fn published_to(
         "select seq, id, stream, stream_sequence, published_at from oncely_outbox where stream = $1 order by published_at, stream_sequence",
     );
     let rows = query.bind(stream).fetch_all(readers).await;
-    rows.map_err(|error| errors::from_statement(error, "read published outputs"))?
+    rows.doing("read published outputs")?
         .iter()
         .map(rows::published_output)
         .collect()
@@ -42,7 +42,6 @@ pub(super) async fn published_to(
 
 /// Resets outputs that a stream has lost, so that they are published again. Returns their number.
 pub(super) async fn republish(session: &mut Session, lost: &[PublishedOutput]) -> Result<u64> {
-    let context = |error| errors::from_statement(error, "reset lost outputs");
     let given = lost
         .iter()
         .map(|place| serde_json::json!({"seq": place.seq, "stream": place.stream, "sequence": place.stream_sequence}));
@@ -55,8 +54,8 @@ pub(super) async fn republish(session: &mut Session, lost: &[PublishedOutput]) -
              and stream_sequence = given.value ->> 'sequence'",
     )
     .bind(serde_json::Value::Array(given.collect()).to_string())
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("reset lost outputs")?)
     .await
-    .map_err(context)?;
+    .doing("reset lost outputs")?;
     Ok(result.rows_affected())
 }

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::model::request::{HttpResponse, RequestKey};
 use crate::store::{ClaimedRequest, Result, StoreError, shared};
@@ -19,7 +19,6 @@ pub(super) async fn claim(
     worker: &str,
     request: &RequestKey,
 ) -> Result<ClaimedRequest> {
-    let context = |error| errors::from_statement(error, "claim an idempotency key");
     let row = sqlx::query(
         "select fingerprint, status, headers, body from oncely_request
          where worker = $1 and route = $2 and caller = $3 and key = $4 and expires_at > $5",
@@ -29,9 +28,9 @@ pub(super) async fn claim(
     .bind(&request.caller)
     .bind(&request.key)
     .bind(Timestamp::now().as_microsecond())
-    .fetch_optional(session.connection().map_err(context)?)
+    .fetch_optional(session.connection().doing("claim an idempotency key")?)
     .await
-    .map_err(context)?;
+    .doing("claim an idempotency key")?;
     let Some(row) = row else {
         return Ok(ClaimedRequest::Fresh);
     };
@@ -44,7 +43,7 @@ pub(super) async fn claim(
         ))
     };
     let (fingerprint, status, headers, body): (Vec<u8>, i64, String, Vec<u8>) =
-        read(&row).map_err(|error| errors::from_statement(error, "read a stored response"))?;
+        read(&row).doing("read a stored response")?;
     if fingerprint != request.fingerprint {
         return Ok(ClaimedRequest::OtherRequest);
     }
@@ -59,7 +58,6 @@ pub(super) async fn store_response(
     response: &HttpResponse,
     keep: Duration,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "store a response");
     let now = Timestamp::now().as_microsecond();
     let kept = sqlx::query(
         "insert into oncely_request (worker, route, caller, key, fingerprint, status, headers, body, answered_at, expires_at)
@@ -79,9 +77,9 @@ pub(super) async fn store_response(
     .bind(response.body.as_ref())
     .bind(now)
     .bind(now.saturating_add(shared::micros(keep)))
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("store a response")?)
     .await
-    .map_err(context)?;
+    .doing("store a response")?;
     if kept.rows_affected() == 1 {
         return Ok(());
     }

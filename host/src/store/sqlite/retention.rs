@@ -8,7 +8,7 @@ use futures::TryStreamExt;
 use jiff::Timestamp;
 use sqlx::Row;
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::archive::ArchiveFile;
 use crate::store::shared::DELETED_STATE_KEPT;
@@ -154,13 +154,12 @@ pub(super) async fn delete_expired(
 }
 
 async fn delete(session: &mut Session, rows: &'static str, before: i64, limit: u32) -> Result<u64> {
-    let context = |error| errors::from_statement(error, "delete expired rows");
     let deleted = sqlx::query(rows)
         .bind(before)
         .bind(limit)
-        .execute(session.connection().map_err(context)?)
+        .execute(session.connection().doing("delete expired rows")?)
         .await;
-    Ok(deleted.map_err(context)?.rows_affected())
+    Ok(deleted.doing("delete expired rows")?.rows_affected())
 }
 
 /// Writes rows that are about to be deleted to a file, if there are any.
@@ -173,14 +172,13 @@ async fn archive(
     table: &str,
     now: Timestamp,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "archive expired rows");
     let mut file = None;
     let mut rows = sqlx::query(rows)
         .bind(before)
         .bind(limit)
-        .fetch(session.connection().map_err(context)?);
-    while let Some(row) = rows.try_next().await.map_err(context)? {
-        let line: String = row.try_get(0).map_err(context)?;
+        .fetch(session.connection().doing("archive expired rows")?);
+    while let Some(row) = rows.try_next().await.doing("archive expired rows")? {
+        let line: String = row.try_get(0).doing("archive expired rows")?;
         let file = file.get_or_insert_with(|| ArchiveFile::create(folder, table, now));
         file.add(Bytes::from(line + "\n")).await;
     }
@@ -192,24 +190,23 @@ async fn archive(
 
 /// Records the redriven dead letters that took effect, before their inbox records are deleted.
 async fn record_completed_redrives(session: &mut Session) -> Result<()> {
-    let context = |error| errors::from_statement(error, "record completed redrives");
     sqlx::query(
         "delete from oncely_recording where (worker, event_id) in (
              select dead_letter.worker, dead_letter.event_id from oncely_dead_letter as dead_letter
              join oncely_inbox as inbox on inbox.worker = dead_letter.worker and inbox.event_id = dead_letter.event_id
              where dead_letter.state = 'redriven' and inbox.state = 'done')",
     )
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("record completed redrives")?)
     .await
-    .map_err(context)?;
+    .doing("record completed redrives")?;
     sqlx::query(
         "update oncely_dead_letter as dead_letter set state = 'done'
          where dead_letter.state = 'redriven' and exists (
              select 1 from oncely_inbox as inbox where inbox.worker = dead_letter.worker
                  and inbox.event_id = dead_letter.event_id and inbox.state = 'done')",
     )
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("record completed redrives")?)
     .await
-    .map_err(context)?;
+    .doing("record completed redrives")?;
     Ok(())
 }

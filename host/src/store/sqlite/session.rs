@@ -10,7 +10,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, raw_sql};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::authorizer::Authorizer;
-use super::errors;
+use super::errors::{self, Doing};
 use crate::model::output_ids::OutputIds;
 use crate::store::Result;
 use crate::store::instance::Instance;
@@ -86,7 +86,7 @@ impl Sessions {
         on_acquired();
         if slot.is_none() {
             let writer = Writer::open(&self.options).await;
-            *slot = Some(writer.map_err(|error| errors::from_statement(error, "open SQLite"))?);
+            *slot = Some(writer.doing("open SQLite")?);
         }
 
         let output_ids = Arc::clone(&self.output_ids);
@@ -99,7 +99,7 @@ impl Sessions {
         session
             .begin(self.begin)
             .await
-            .map_err(|error| errors::from_statement(error, "begin a transaction"))?;
+            .doing("begin a transaction")?;
         Ok(session)
     }
 

@@ -4,7 +4,7 @@ use anyhow::{Context, anyhow};
 use sqlx::Row;
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 
-use super::errors;
+use super::errors::{self, Doing};
 use super::session::Session;
 use crate::store::{
     Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared,
@@ -52,7 +52,6 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
 
 /// Writes one key. Returns false if it has changed.
 async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Result<bool> {
-    let context = |error| errors::from_statement(error, "save state");
     let expected = write.expected.map(shared::signed).transpose()?;
     let query = match expected {
         None => sqlx::query(
@@ -70,9 +69,9 @@ async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Re
         .bind(expected)
         .bind(write.value.as_deref())
         .bind(shared::signed(write.version)?)
-        .execute(session.connection().map_err(context)?)
+        .execute(session.connection().doing("save state")?)
         .await
-        .map_err(context)?;
+        .doing("save state")?;
     Ok(result.rows_affected() == 1)
 }
 
@@ -90,7 +89,7 @@ pub(super) async fn entry(
     .bind(key)
     .fetch_optional(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "read state"))?;
+    .doing("read state")?;
     row.as_ref().map(rows::state).transpose()
 }
 
@@ -111,6 +110,6 @@ pub(super) async fn entries(
     .bind(STATE_PREVIEW)
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "list state"))?;
+    .doing("list state")?;
     Ok(rows::list(&rows, rows::state))
 }

@@ -2,7 +2,7 @@
 
 use sqlx::sqlite::SqlitePool;
 
-use super::errors;
+use super::errors::Doing;
 use crate::store::{Result, WorkerTotals, rows};
 
 /// Messages, dead letters and outputs of each worker, by name.
@@ -35,6 +35,6 @@ pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>>
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "count the totals of workers"))?;
+    .doing("count the totals of workers")?;
     rows.iter().map(rows::totals).collect()
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use sqlx::Row;
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 
-use super::errors;
+use super::errors::Doing;
 use super::session::Session;
 use crate::store::watermarks::{
     self, BrokerState, RECOVERED_KEPT_DAYS, RecoveredOutput, WATERMARKS_KEPT, Watermark, Watermarks,
@@ -14,7 +14,6 @@ use crate::store::{Result, shared};
 
 /// The watermarks of the database, and the time of the one that is named `on_broker`.
 pub(super) async fn read(readers: &SqlitePool, on_broker: Option<&str>) -> Result<Watermarks> {
-    let context = |error| errors::from_statement(error, "read the watermarks");
     // One statement reads one state of the database.
     let row = sqlx::query(
         "select last.name, last.broker_state, last.written_at, acknowledged.stream_sequence,
@@ -29,11 +28,16 @@ pub(super) async fn read(readers: &SqlitePool, on_broker: Option<&str>) -> Resul
     .bind(on_broker.unwrap_or_default())
     .fetch_one(readers)
     .await
-    .map_err(context)?;
-    let sequence: Option<i64> = row.try_get("stream_sequence").map_err(context)?;
+    .doing("read the watermarks")?;
+    let sequence: Option<i64> = row
+        .try_get("stream_sequence")
+        .doing("read the watermarks")?;
     let acknowledged = match sequence {
         Some(sequence) => {
-            let written_at = shared::timestamp(row.try_get("acknowledged_at").map_err(context)?)?;
+            let written_at = shared::timestamp(
+                row.try_get("acknowledged_at")
+                    .doing("read the watermarks")?,
+            )?;
             Some((written_at, shared::unsigned(sequence)))
         }
         None => None,
@@ -43,20 +47,23 @@ pub(super) async fn read(readers: &SqlitePool, on_broker: Option<&str>) -> Resul
         acknowledged,
         requested_written_at: row
             .try_get::<Option<i64>, _>("known")
-            .map_err(context)?
+            .doing("read the watermarks")?
             .map(shared::timestamp)
             .transpose()?,
-        has_recovered: row.try_get("has_recovered").map_err(context)?,
+        has_recovered: row.try_get("has_recovered").doing("read the watermarks")?,
     })
 }
 
 fn read_watermark(row: &SqliteRow) -> Result<Option<Watermark>> {
-    let context = |error| errors::from_statement(error, "read a watermark");
-    let Some(name) = row.try_get::<Option<String>, _>("name").map_err(context)? else {
+    let Some(name) = row
+        .try_get::<Option<String>, _>("name")
+        .doing("read a watermark")?
+    else {
         return Ok(None);
     };
-    let written_at = shared::timestamp(row.try_get("written_at").map_err(context)?)?;
-    let seen = watermarks::broker_state_from_text(row.try_get("broker_state").map_err(context)?)?;
+    let written_at = shared::timestamp(row.try_get("written_at").doing("read a watermark")?)?;
+    let seen =
+        watermarks::broker_state_from_text(row.try_get("broker_state").doing("read a watermark")?)?;
     Ok(Some(Watermark {
         name,
         written_at,
@@ -66,13 +73,12 @@ fn read_watermark(row: &SqliteRow) -> Result<Option<Watermark>> {
 
 /// Writes a watermark, and deletes expired ones.
 pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState) -> Result<()> {
-    let context = |error| errors::from_statement(error, "write a watermark");
     sqlx::query("insert into oncely_watermark (name, broker_state) values ($1, $2)")
         .bind(name)
         .bind(watermarks::broker_state_to_text(seen)?)
-        .execute(session.connection().map_err(context)?)
+        .execute(session.connection().doing("write a watermark")?)
         .await
-        .map_err(context)?;
+        .doing("write a watermark")?;
 
     // Keep the newest watermarks, and the last one that the broker acknowledged.
     sqlx::query(
@@ -81,9 +87,9 @@ pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState)
              and number < (select max(number) from oncely_watermark where stream_sequence is not null)",
     )
     .bind(WATERMARKS_KEPT)
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("write a watermark")?)
     .await
-    .map_err(context)?;
+    .doing("write a watermark")?;
 
     // Recovered outputs expire after some days, in batches.
     sqlx::query(
@@ -92,22 +98,21 @@ pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState)
              where recovered_at < cast(unixepoch('subsec') * 1000000 as integer) - $1 * 86400000000 limit 1000)",
     )
     .bind(RECOVERED_KEPT_DAYS)
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("write a watermark")?)
     .await
-    .map_err(context)?;
+    .doing("write a watermark")?;
     Ok(())
 }
 
 /// Records the sequence under which the broker holds a watermark.
 pub(super) async fn acknowledge(session: &mut Session, name: &str, sequence: u64) -> Result<()> {
-    let context = |error| errors::from_statement(error, "acknowledge a watermark");
     sqlx::query("update oncely_watermark set stream_sequence = $2 where name = $1")
         .bind(name)
         .bind(shared::signed(sequence)?)
-        .execute(session.connection().map_err(context)?)
+        .execute(session.connection().doing("acknowledge a watermark")?)
         .await
         .map(drop)
-        .map_err(context)
+        .doing("acknowledge a watermark")
 }
 
 /// Records where outputs were found: the first place of each id, by the latest recovery.
@@ -115,7 +120,6 @@ pub(super) async fn save_recovered(
     session: &mut Session,
     outputs: &[RecoveredOutput],
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "record recovered outputs");
     let given = outputs.iter().map(
         |output| serde_json::json!({ "id": output.id, "stream": output.stream, "sequence": output.stream_sequence }),
     );
@@ -127,21 +131,20 @@ pub(super) async fn save_recovered(
              recovered_at = excluded.recovered_at",
     )
     .bind(serde_json::Value::Array(given.collect()).to_string())
-    .execute(session.connection().map_err(context)?)
+    .execute(session.connection().doing("record recovered outputs")?)
     .await
     .map(drop)
-    .map_err(context)
+    .doing("record recovered outputs")
 }
 
 /// Deletes the recovered places of these ids.
 pub(super) async fn delete_recovered(session: &mut Session, ids: &[&str]) -> Result<()> {
-    let context = |error| errors::from_statement(error, "delete recovered outputs");
     sqlx::query("delete from oncely_recovered_output where id in (select value from json_each($1))")
         .bind(serde_json::json!(ids).to_string())
-        .execute(session.connection().map_err(context)?)
+        .execute(session.connection().doing("delete recovered outputs")?)
         .await
         .map(drop)
-        .map_err(context)
+        .doing("delete recovered outputs")
 }
 
 /// The recovered stream and sequence of these ids.
@@ -149,7 +152,6 @@ pub(super) async fn find_recovered(
     readers: &SqlitePool,
     ids: &[&str],
 ) -> Result<HashMap<String, (String, u64)>> {
-    let context = |error| errors::from_statement(error, "look up recovered outputs");
     let rows = sqlx::query(
         "select id, stream, stream_sequence from oncely_recovered_output
          where id in (select value from json_each($1))",
@@ -157,7 +159,7 @@ pub(super) async fn find_recovered(
     .bind(serde_json::json!(ids).to_string())
     .fetch_all(readers)
     .await
-    .map_err(context)?;
+    .doing("look up recovered outputs")?;
     let place = |row: &SqliteRow| {
         Ok((
             row.try_get(0)?,
@@ -167,7 +169,7 @@ pub(super) async fn find_recovered(
     rows.iter()
         .map(place)
         .collect::<sqlx::Result<_>>()
-        .map_err(context)
+        .doing("look up recovered outputs")
 }
 
 /// The events among these that are in the worker's inbox.
@@ -176,7 +178,6 @@ pub(super) async fn known_events(
     worker: &str,
     event_ids: &[&str],
 ) -> Result<Vec<String>> {
-    let context = |error| errors::from_statement(error, "look up events");
     let rows = sqlx::query(
         "select event_id from oncely_inbox where worker = $1 and event_id in (select value from json_each($2))",
     )
@@ -184,9 +185,9 @@ pub(super) async fn known_events(
     .bind(serde_json::json!(event_ids).to_string())
     .fetch_all(readers)
     .await
-    .map_err(context)?;
+    .doing("look up events")?;
     rows.iter()
         .map(|row| row.try_get(0))
         .collect::<sqlx::Result<_>>()
-        .map_err(context)
+        .doing("look up events")
 }

@@ -13,7 +13,7 @@ use sqlx::Row;
 
 pub(super) use self::connection::Replication;
 use self::snapshot::Snapshot;
-use super::errors;
+use super::errors::Doing;
 use super::session::{Purpose, Session, Sessions};
 use crate::store::{
     Lsn, OutboxRow, OutputWal, Result, StoreError, SwitchProgress, WalReader, WalState,
@@ -97,7 +97,6 @@ async fn blocked_by(
     session: &mut Session,
     rows: &[OutboxRow],
 ) -> Result<(Vec<Option<i64>>, Snapshot)> {
-    let context = |error| errors::from_statement(error, "find the blockers of WAL outputs");
     let query = session.query(
         "select array(
              select (
@@ -124,10 +123,13 @@ async fn blocked_by(
         )
         .fetch_one(session.connection())
         .await
-        .map_err(context)?;
-    let snapshot =
-        Snapshot::parse(found.try_get(1).map_err(context)?).map_err(StoreError::Unavailable)?;
-    Ok((found.try_get(0).map_err(context)?, snapshot))
+        .doing("find the blockers of WAL outputs")?;
+    let snapshot = Snapshot::parse(found.try_get(1).doing("find the blockers of WAL outputs")?)
+        .map_err(StoreError::Unavailable)?;
+    Ok((
+        found.try_get(0).doing("find the blockers of WAL outputs")?,
+        snapshot,
+    ))
 }
 
 /// A WAL position in PostgreSQL's notation, such as `16/B374D848`.

@@ -8,7 +8,7 @@ use anyhow::{Context, anyhow};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::super::errors;
+use super::super::errors::Doing;
 use super::super::session::{Purpose, Session, Sessions};
 use super::slot;
 use crate::fault;
@@ -36,9 +36,7 @@ pub(super) async fn request_mode(session: &mut Session, use_wal: bool) -> Result
         .bind(if use_wal { "wal" } else { "poll" })
         .execute(session.connection())
         .await;
-    wanted
-        .map(drop)
-        .map_err(|error| errors::from_statement(error, "request a relay mode"))
+    wanted.map(drop).doing("request a relay mode")
 }
 
 pub(super) async fn inspect(session: &mut Session, retained_max: u64) -> Result<ModeState> {
@@ -57,7 +55,7 @@ pub(super) async fn inspect(session: &mut Session, retained_max: u64) -> Result<
     let row = query
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read the relay mode"))?;
+        .doing("read the relay mode")?;
     read(&row, retained_max)
         .context("decode the relay mode")
         .map_err(StoreError::Unavailable)
@@ -146,12 +144,11 @@ async fn transition(
     relay: &'static str,
     position: Option<&'static str>,
 ) -> Result<bool> {
-    let context = |error| errors::from_statement(error, "change the relay mode");
     let moved = session
         .query(relay)
         .execute(session.connection())
         .await
-        .map_err(context)?
+        .doing("change the relay mode")?
         .rows_affected()
         > 0;
     if let (true, Some(position)) = (moved, position) {
@@ -159,7 +156,7 @@ async fn transition(
             .query(position)
             .execute(session.connection())
             .await
-            .map_err(context)?;
+            .doing("change the relay mode")?;
     }
     Ok(moved)
 }
@@ -236,10 +233,7 @@ pub(super) async fn fall_back(sessions: &Sessions, why: &str) -> Result<bool> {
          where mode in ('wal', 'entering')",
     );
     let fallen = query.bind(why).execute(session.connection()).await;
-    let fallen = fallen
-        .map_err(|error| errors::from_statement(error, "leave WAL mode"))?
-        .rows_affected()
-        > 0;
+    let fallen = fallen.doing("leave WAL mode")?.rows_affected() > 0;
     session.commit().await?;
     Ok(fallen)
 }
@@ -260,7 +254,6 @@ async fn record_horizon(sessions: &Sessions) -> Result<SwitchProgress> {
 /// record are sent a second time and deduplicated by their streams.
 async fn move_to_polling(sessions: &Sessions) -> Result<SwitchProgress> {
     let mut session = sessions.begin(Purpose::Platform).await?;
-    let context = |error| errors::from_statement(error, "move outputs from the WAL to polling");
 
     // Fence off the reader.
     let query = session
@@ -268,7 +261,7 @@ async fn move_to_polling(sessions: &Sessions) -> Result<SwitchProgress> {
     if query
         .execute(session.connection())
         .await
-        .map_err(context)?
+        .doing("move outputs from the WAL to polling")?
         .rows_affected()
         == 0
     {
@@ -290,17 +283,21 @@ async fn move_to_polling(sessions: &Sessions) -> Result<SwitchProgress> {
         .bind(MOVE_BATCH_MAX)
         .fetch_one(session.connection())
         .await
-        .map_err(context)?;
-    let count: i64 = row.try_get(0).map_err(context)?;
+        .doing("move outputs from the WAL to polling")?;
+    let count: i64 = row
+        .try_get(0)
+        .doing("move outputs from the WAL to polling")?;
     if count > 0 {
-        let through: i64 = row.try_get(1).map_err(context)?;
+        let through: i64 = row
+            .try_get(1)
+            .doing("move outputs from the WAL to polling")?;
         let query = session
             .query("update oncely.relay_position set published_seq = greatest(published_seq, $1)");
         query
             .bind(through)
             .execute(session.connection())
             .await
-            .map_err(context)?;
+            .doing("move outputs from the WAL to polling")?;
         session.commit().await?;
         fault::point(fault::WAL_OUTPUTS_MOVED);
         return Ok(SwitchProgress::More);

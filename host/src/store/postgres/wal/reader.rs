@@ -1,5 +1,6 @@
 //! The reader: the one connection that receives the WAL.
 
+use super::super::errors::Doing;
 use anyhow::{Context, anyhow};
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -142,7 +143,6 @@ impl WalReader for Reader {
 
 /// The slot, if no host reads it, and the position to start from.
 async fn find_free_slot(sessions: &Sessions) -> Result<Option<(String, Lsn)>> {
-    let context = |error| errors::from_statement(error, "find a free replication slot");
     let mut session = sessions.begin(Purpose::Read).await?;
     let query = session.query(
         "select slot_name::text, lsn::text from pg_replication_slots cross join oncely.relay_position
@@ -152,19 +152,18 @@ async fn find_free_slot(sessions: &Sessions) -> Result<Option<(String, Lsn)>> {
     let row = query
         .fetch_optional(session.connection())
         .await
-        .map_err(context)?;
+        .doing("find a free replication slot")?;
     session.commit().await?;
     row.map(|row| {
         Ok((
-            row.try_get(0).map_err(context)?,
-            read_lsn(row.try_get(1).map_err(context)?)?,
+            row.try_get(0).doing("find a free replication slot")?,
+            read_lsn(row.try_get(1).doing("find a free replication slot")?)?,
         ))
     })
     .transpose()
 }
 
 async fn become_reader(sessions: &Sessions) -> Result<Option<(i64, Lsn)>> {
-    let context = |error| errors::from_statement(error, "become the WAL reader");
     let mut session = sessions.begin(Purpose::Platform).await?;
     let query = session.query(
         "update oncely.relay_position set reader_epoch = reader_epoch + 1
@@ -173,12 +172,12 @@ async fn become_reader(sessions: &Sessions) -> Result<Option<(i64, Lsn)>> {
     let row = query
         .fetch_optional(session.connection())
         .await
-        .map_err(context)?;
+        .doing("become the WAL reader")?;
     session.commit().await?;
     row.map(|row| {
         Ok((
-            row.try_get(0).map_err(context)?,
-            read_lsn(row.try_get(1).map_err(context)?)?,
+            row.try_get(0).doing("become the WAL reader")?,
+            read_lsn(row.try_get(1).doing("become the WAL reader")?)?,
         ))
     })
     .transpose()
@@ -199,7 +198,7 @@ async fn advance(session: &mut Session, number: i64, record: &WalRecord) -> Resu
         .bind(record.until.map(|until| until.as_microsecond()))
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "advance the WAL position"))?;
+        .doing("advance the WAL position")?;
     Ok(moved.rows_affected() > 0)
 }
 
@@ -233,7 +232,7 @@ async fn record_published(
         .bind(sequences.iter().max().copied())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "record outputs published from the WAL"))?;
+        .doing("record outputs published from the WAL")?;
     Ok(())
 }
 

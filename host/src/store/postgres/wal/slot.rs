@@ -4,7 +4,7 @@
 use anyhow::{anyhow, ensure};
 use sqlx::Row;
 
-use super::super::errors;
+use super::super::errors::Doing;
 use super::super::session::{Purpose, Session, Sessions};
 use crate::model::hint::WithHint;
 use crate::store::Result;
@@ -72,7 +72,6 @@ pub(super) async fn check(session: &mut Session) -> anyhow::Result<()> {
 /// Creates the publication of WAL outputs. It must exist before the slot: the WAL is decoded with
 /// the catalog as of the time when it was written.
 pub(super) async fn create_publication(session: &mut Session) -> Result<()> {
-    let context = |error| errors::from_statement(error, "find the publication of the outbox");
     let query = session.query(
         "select exists (
              select from pg_publication_rel join pg_publication on pg_publication.oid = prpubid
@@ -81,8 +80,8 @@ pub(super) async fn create_publication(session: &mut Session) -> Result<()> {
     let row = query
         .fetch_one(session.connection())
         .await
-        .map_err(context)?;
-    if row.try_get(0).map_err(context)? {
+        .doing("find the publication of the outbox")?;
+    if row.try_get(0).doing("find the publication of the outbox")? {
         return Ok(());
     }
     let statements = format!(
@@ -106,7 +105,7 @@ pub(super) async fn create(sessions: &Sessions) -> Result<bool> {
         let query =
             session.query("select pg_create_logical_replication_slot($1::text::name, 'pgoutput')");
         let made = query.bind(found.name).execute(session.connection()).await;
-        made.map_err(|error| errors::from_statement(error, "create the replication slot"))?;
+        made.doing("create the replication slot")?;
     }
     session.commit().await?;
     Ok(!found.exists || found.is_ready)
@@ -118,10 +117,7 @@ pub(super) async fn drop(sessions: &Sessions) -> Result<bool> {
     let mut session = sessions.begin(Purpose::Platform).await?;
     let query = session.query("select from oncely.relay where mode = 'poll' for update");
     let is_unused = query.fetch_optional(session.connection()).await;
-    if is_unused
-        .map_err(|error| errors::from_statement(error, "lock the relay mode"))?
-        .is_none()
-    {
+    if is_unused.doing("lock the relay mode")?.is_none() {
         session.commit().await?;
         return Ok(false);
     }
@@ -131,7 +127,7 @@ pub(super) async fn drop(sessions: &Sessions) -> Result<bool> {
              and not active",
     );
     let dropped = query.execute(session.connection()).await;
-    dropped.map_err(|error| errors::from_statement(error, "drop the replication slot"))?;
+    dropped.doing("drop the replication slot")?;
     let found = find(&mut session).await?;
     session.commit().await?;
     Ok(!found.exists)
@@ -145,7 +141,6 @@ struct SlotLookup {
 }
 
 async fn find(session: &mut Session) -> Result<SlotLookup> {
-    let context = |error| errors::from_statement(error, "find the replication slot");
     let query = session.query(
         "select 'oncely_' || oid, slot_name is not null, confirmed_flush_lsn is not null
          from pg_database left join pg_replication_slots on slot_name = 'oncely_' || oid
@@ -154,10 +149,10 @@ async fn find(session: &mut Session) -> Result<SlotLookup> {
     let row = query
         .fetch_one(session.connection())
         .await
-        .map_err(context)?;
+        .doing("find the replication slot")?;
     Ok(SlotLookup {
-        name: row.try_get(0).map_err(context)?,
-        exists: row.try_get(1).map_err(context)?,
-        is_ready: row.try_get(2).map_err(context)?,
+        name: row.try_get(0).doing("find the replication slot")?,
+        exists: row.try_get(1).doing("find the replication slot")?,
+        is_ready: row.try_get(2).doing("find the replication slot")?,
     })
 }
