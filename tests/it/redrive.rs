@@ -385,7 +385,7 @@ both!(a_refused_redrive_gives_a_hint, |kind: Kind| async move {
         .unwrap_err()
         .to_string();
     assert!(
-        forged.contains("`oncely.redrive.test` is the host's own"),
+        forged.contains("`oncely.redrive.test` is reserved for redriven dead letters"),
         "{forged}"
     );
     assert_eq!(

@@ -220,8 +220,25 @@ impl Bus {
         let own = self
             .own_consumer(&subscription.stream, &subscription.durable)
             .await?;
-        let began = own.map_or(DeliverPolicy::All, |info| info.config.deliver_policy);
-        self.create_consumer(subscription, began).await?;
+        let began = own
+            .as_ref()
+            .map_or(DeliverPolicy::All, |info| info.config.deliver_policy);
+
+        // Under other subjects the consumer skipped messages that match now. Until it is recorded
+        // up to where, any message may have been skipped.
+        let mut subscription = subscription.clone();
+        let mut skipped = own.as_ref().map_or(0, skipped_up_to);
+        if own.is_some_and(|own| filters(&own) != subscription.subjects) {
+            subscription.set_skipped_up_to(u64::MAX);
+            self.create_consumer(&subscription, began).await?;
+            skipped = u64::MAX;
+        }
+        if skipped == u64::MAX {
+            let stream = self.stream(&subscription.stream).await?;
+            skipped = stream.map_or(0, |stream| stream.last_sequence);
+        }
+        subscription.set_skipped_up_to(skipped);
+        self.create_consumer(&subscription, began).await?;
         Ok(created)
     }
 
@@ -383,6 +400,26 @@ impl Bus {
         }
         Ok(())
     }
+}
+
+/// The metadata key of the sequence up to which a consumer may have skipped messages that match its
+/// subjects.
+const SKIPPED_UP_TO: &str = "oncely.skipped-up-to";
+
+impl Subscription {
+    fn set_skipped_up_to(&mut self, sequence: u64) {
+        self.metadata
+            .insert(SKIPPED_UP_TO.to_owned(), sequence.to_string());
+    }
+}
+
+/// The sequence up to which a consumer may have skipped messages that match its subjects; 0 for
+/// none.
+fn skipped_up_to(info: &Info) -> u64 {
+    let sequence = info.config.metadata.get(SKIPPED_UP_TO);
+    sequence
+        .and_then(|sequence| sequence.parse().ok())
+        .unwrap_or_default()
 }
 
 /// How long a trial consumer remains if this process dies meanwhile.
@@ -794,12 +831,13 @@ pub struct UnhandledMessages {
 /// The position up to which a consumer has acknowledged everything.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConsumerAckFloor {
-    /// When the consumer was created.
-    pub created: Timestamp,
     /// All messages up to this sequence are acknowledged.
     pub sequence: u64,
     /// The consumer's current subjects; empty for all of the stream.
     pub subjects: Vec<String>,
+    /// Messages up to this sequence may have been skipped while the consumer had other subjects; 0
+    /// for none.
+    pub skipped_up_to: u64,
 }
 
 impl Probe {
@@ -859,11 +897,10 @@ impl Probe {
         let Some(info) = self.bus.consumer_info(&self.stream, &self.durable).await? else {
             return Ok(None);
         };
-        let (created, sequence) = (timestamp(info.created)?, info.ack_floor.stream_sequence);
         Ok(Some(ConsumerAckFloor {
-            created,
-            sequence,
+            sequence: info.ack_floor.stream_sequence,
             subjects: filters(&info),
+            skipped_up_to: skipped_up_to(&info),
         }))
     }
 

@@ -9,7 +9,7 @@
 //! of the consumers. It is written to the database first, and then, as a name, to the watermark
 //! stream.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -18,9 +18,7 @@ use futures::StreamExt;
 use jiff::{SignedDuration, Timestamp};
 
 use super::Host;
-use crate::bus::{
-    ConsumerAckFloor, OtherInstallation, StoredWatermark, WATERMARK_STREAM, watermark_stream,
-};
+use crate::bus::{OtherInstallation, StoredWatermark, WATERMARK_STREAM, watermark_stream};
 use crate::config::manifest::Worker;
 use crate::drain::Stopping;
 use crate::model::hint;
@@ -77,16 +75,6 @@ pub(super) struct Comparison {
 /// The broker state in the last watermark of this host, and the count of published outputs then.
 #[derive(Default)]
 pub(super) struct LastWatermark(Option<(BrokerState, u64)>);
-
-/// NATS did not respond about a consumer or a stream; the reason is logged.
-struct NoResponse;
-
-/// A worker, its stream, and the ack floor of its consumer; none when there is no consumer.
-type ProbedConsumer<'w> = (
-    &'w Worker,
-    &'w String,
-    Result<Option<ConsumerAckFloor>, NoResponse>,
-);
 
 impl Host {
     /// The reason that workers and relay are held; none while they run.
@@ -247,45 +235,7 @@ impl Host {
         workers: &[Worker],
         before: Option<&Watermark>,
     ) -> Result<BrokerState> {
-        let probed = self.probe_consumers(workers).await;
-        // Streams after consumers: a stream ends at or above every ack floor read before.
-        let ends = self.stream_ends(workers).await;
         let mut seen = BrokerState::default();
-        for (name, end) in &ends {
-            let end = match end {
-                Ok(end) => end.clone(),
-                Err(NoResponse) => before.and_then(|before| before.seen.streams.get(name).cloned()),
-            };
-            seen.streams.extend(end.map(|end| (name.clone(), end)));
-        }
-        for (worker, stream, acknowledged) in probed {
-            let previous = before.and_then(|before| before.seen.consumers.get(&worker.name));
-            let floor = match acknowledged {
-                Ok(None) => None,
-                Ok(Some(now)) => {
-                    let end = match ends.get(stream) {
-                        Some(Ok(Some(end))) => end.last_sequence,
-                        _ => now.sequence,
-                    };
-                    let skipped_up_to = skipped_up_to(&now, stream, before, previous, end);
-                    Some(AckFloor {
-                        stream: stream.clone(),
-                        sequence: now.sequence,
-                        subjects: now.subjects,
-                        skipped_up_to,
-                    })
-                }
-                Err(NoResponse) => previous.cloned(),
-            };
-            seen.consumers
-                .extend(floor.map(|floor| (worker.name.clone(), floor)));
-        }
-        Ok(seen)
-    }
-
-    /// The ack floors of the workers that read a stream.
-    async fn probe_consumers<'w>(&self, workers: &'w [Worker]) -> Vec<ProbedConsumer<'w>> {
-        let mut probed = Vec::new();
         for worker in workers {
             let Some(stream) = &worker.stream else {
                 continue;
@@ -294,40 +244,40 @@ impl Host {
                 .services
                 .bus
                 .probe(stream, &worker.subjects, &worker.durable());
-            let acknowledged = probe.ack_floor().await.map_err(|error| {
-                tracing::debug!(
-                    worker = worker.name,
-                    error = format!("{error:#}"),
-                    "consumer not readable"
-                );
-                NoResponse
-            });
-            probed.push((worker, stream, acknowledged));
+            let floor = match probe.ack_floor().await {
+                Ok(floor) => floor.map(|floor| AckFloor {
+                    stream: stream.clone(),
+                    sequence: floor.sequence,
+                    subjects: floor.subjects,
+                    skipped_up_to: floor.skipped_up_to,
+                }),
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    tracing::debug!(worker = worker.name, error, "consumer not readable");
+                    before.and_then(|before| before.seen.consumers.get(&worker.name).cloned())
+                }
+            };
+            seen.consumers
+                .extend(floor.map(|floor| (worker.name.clone(), floor)));
         }
-        probed
-    }
 
-    /// The ends of the streams that the workers read, by name.
-    async fn stream_ends(
-        &self,
-        workers: &[Worker],
-    ) -> BTreeMap<String, Result<Option<StreamEnd>, NoResponse>> {
-        let mut ends = BTreeMap::new();
-        for name in workers.iter().filter_map(|worker| worker.stream.as_ref()) {
-            if ends.contains_key(name) {
-                continue;
-            }
-            let end = self.stream_end(name).await.map_err(|error| {
-                tracing::debug!(
-                    stream = name,
-                    error = format!("{error:#}"),
-                    "stream not readable"
-                );
-                NoResponse
-            });
-            ends.insert(name.clone(), end);
+        // Streams after consumers: a stream ends at or above every ack floor read before.
+        let streams: BTreeSet<&String> = workers
+            .iter()
+            .filter_map(|worker| worker.stream.as_ref())
+            .collect();
+        for name in streams {
+            let end = match self.stream_end(name).await {
+                Ok(end) => end,
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    tracing::debug!(stream = name, error, "stream not readable");
+                    before.and_then(|before| before.seen.streams.get(name).cloned())
+                }
+            };
+            seen.streams.extend(end.map(|end| (name.clone(), end)));
         }
-        ends
+        Ok(seen)
     }
 
     async fn stream_end(&self, name: &str) -> Result<Option<StreamEnd>> {
@@ -546,27 +496,6 @@ pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
             Ok(()) = connections.changed() => {}
             () = tokio::time::sleep(CHECK_INTERVAL) => {}
         }
-    }
-}
-
-/// Up to which sequence a consumer may have skipped messages while it had other subjects.
-///
-/// If its subjects changed since the watermark `before`, that is the end of the stream. Otherwise
-/// it is the value in that watermark.
-fn skipped_up_to(
-    now: &ConsumerAckFloor,
-    stream: &str,
-    before: Option<&Watermark>,
-    previous: Option<&AckFloor>,
-    end: u64,
-) -> u64 {
-    match (before, previous) {
-        (Some(before), _) if now.created > before.written_at => 0,
-        (None, _) => 0,
-        (_, Some(previous)) if previous.stream == stream && previous.subjects == now.subjects => {
-            previous.skipped_up_to
-        }
-        _ => end,
     }
 }
 
