@@ -256,6 +256,7 @@ async fn redrive_plan(
                 id: planned.id,
                 refused: Some(why),
                 took_effect: false,
+                in_progress: false,
             }),
             None => {
                 let generation = Some(planned.preconditions.generation);

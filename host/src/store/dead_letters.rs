@@ -372,6 +372,10 @@ pub struct DeadLetterActionResult {
     /// The action was refused because the event took effect meanwhile.
     #[serde(default)]
     pub took_effect: bool,
+    /// The action was refused because the dead letter was redriven meanwhile, and the result of
+    /// that is pending.
+    #[serde(default)]
+    pub in_progress: bool,
 }
 
 /// The result of following a pointer to a dead letter.
@@ -426,9 +430,7 @@ impl LockedDeadLetter {
             _ if self.is_done() => Some(TOOK_EFFECT.to_owned()),
             _ if self.is_id_reuse() => Some(ID_REUSE.to_owned()),
             _ if self.reason == Reason::Unreadable.as_str() => Some(UNREADABLE.to_owned()),
-            DeadLetterState::Redriven if !wanted.again => {
-                Some("its redrive is in progress".to_owned())
-            }
+            DeadLetterState::Redriven if !wanted.again => Some(IN_PROGRESS.to_owned()),
             DeadLetterState::Resolved | DeadLetterState::Dropped if !wanted.again => {
                 Some(format!("it is closed ({})", self.state.as_str()))
             }
@@ -450,7 +452,7 @@ impl LockedDeadLetter {
                 Some(UNREADABLE.to_owned())
             }
             DeadLetterAction::Edit(_) if self.state == DeadLetterState::Redriven => {
-                Some("its redrive is in progress".to_owned())
+                Some(IN_PROGRESS.to_owned())
             }
             _ => None,
         }
@@ -466,6 +468,7 @@ const UNREADABLE: &str = "its headers cannot be read, so the worker would receiv
     (`oncely dlq show ID --raw | oncely publish SUBJECT --id NEW`), then resolve it";
 
 const TOOK_EFFECT: &str = "it took effect since; nothing to do";
+const IN_PROGRESS: &str = "its redrive is in progress";
 
 /// The results for all requested dead letters, in the order of `ids`.
 pub(super) fn action_results(
@@ -480,10 +483,12 @@ pub(super) fn action_results(
     };
     let result_of = |(id, refused): (i64, Option<String>)| {
         let took_effect = refused.as_deref() == Some(TOOK_EFFECT);
+        let in_progress = refused.as_deref() == Some(IN_PROGRESS);
         DeadLetterActionResult {
             id,
             refused,
             took_effect,
+            in_progress,
         }
     };
     ids.into_iter().map(|id| result_of((id, why(id)))).collect()

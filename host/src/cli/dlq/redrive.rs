@@ -174,15 +174,17 @@ impl Redrive {
         client: &Client,
         results: &[DeadLetterActionResult],
     ) -> Result<()> {
-        // Dead letters selected by a filter that took effect meanwhile are no failure. Those
-        // selected by id are.
-        let (already_succeeded, results): (
-            Vec<DeadLetterActionResult>,
-            Vec<DeadLetterActionResult>,
-        ) = results
-            .iter()
-            .cloned()
-            .partition(|result| result.took_effect && !self.selection.is_by_id());
+        // Dead letters selected by a filter that took effect or were redriven meanwhile are no
+        // failure. Those selected by id are.
+        let by_filter = !self.selection.is_by_id();
+        let mut results = results.to_vec();
+        for result in results.iter_mut().filter(|result| result.in_progress) {
+            // Its result is waited for like that of the others.
+            result.refused.take_if(|_| by_filter);
+        }
+        let (already_succeeded, results): (Vec<_>, Vec<_>) = results
+            .into_iter()
+            .partition(|result| result.took_effect && by_filter);
         let mut summary = RedriveSummary::wait(client, &results, self.wait).await?;
         summary.already_succeeded = already_succeeded.len();
         if self.json {
