@@ -599,6 +599,27 @@ async fn a_host_that_is_not_ready_handles_signals() -> Result<()> {
     world.nats.resume()
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_configured_address_that_is_taken_is_an_error() -> Result<()> {
+    let mut world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    world.listen = taken.local_addr()?.to_string();
+    world.spawn_host()?;
+    let began = Instant::now();
+    while world.is_host_running() {
+        ensure!(
+            began.elapsed() < REPORTED_WITHIN,
+            "the host is still running:\n{}",
+            world.host_log()
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let log = world.host_log();
+    assert!(log.contains("error: listen on 127.0.0.1:"), "{log}");
+    assert!(log.contains("--listen"), "{log}");
+    Ok(())
+}
+
 /// With one server of three down, hosts start and work, because their own streams have three
 /// replicas.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -712,6 +733,10 @@ async fn a_data_dir_and_a_sqlite_file_allow_one_host_each() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let database = world.database.url();
     let pid = world.host_pid().context("find the host")?;
+    let linked = world.folder.path().join("linked.db");
+    let file = database.trim_start_matches("sqlite:");
+    std::os::unix::fs::symlink(file, &linked).context("link the database")?;
+    let linked = linked.display().to_string();
     for command in ["run", "dev"] {
         let same_folder = fails(
             &world,
@@ -727,15 +752,15 @@ async fn a_data_dir_and_a_sqlite_file_allow_one_host_each() -> Result<()> {
             same_folder.contains("hint: stop the host that runs there"),
             "{same_folder}"
         );
-        let same_file = fails(
-            &world,
-            &[command, "--database", &database, "--data-dir", ".second"],
-        )
-        .await?;
-        ensure!(
-            same_file.contains("use the database") && same_file.contains(&format!("process {pid}")),
-            "{same_file}"
-        );
+        for name in [&database, &linked] {
+            let arguments = [command, "--database", name, "--data-dir", ".second"];
+            let same_file = fails(&world, &arguments).await?;
+            ensure!(
+                same_file.contains("use the database")
+                    && same_file.contains(&format!("process {pid}")),
+                "{same_file}"
+            );
+        }
     }
     ensure!(
         world.oncely(&["status"]).await?.contains("ready: yes"),

@@ -18,7 +18,7 @@ use super::signals::Signals;
 use super::term;
 use crate::bus::EmbeddedServer;
 use crate::config::manifest::{FILE_NAME, Manifest};
-use crate::config::{HTTP_ADDRESS, HostConfig, HostFlags, LISTEN_ADDRESS};
+use crate::config::{HostConfig, HostFlags};
 use crate::runtime::deploy;
 
 /// How long the subscriptions of the workers may take.
@@ -175,7 +175,7 @@ impl Dev {
     async fn listener(&self, config: &HostConfig) -> Result<TcpListener> {
         match listen(config).await {
             // Another `oncely dev` may run in another folder.
-            Err(_) if config.listen == LISTEN_ADDRESS.parse()? => {
+            Err(_) if is_unset(self.listen.as_deref(), "ONCELY_LISTEN") => {
                 TcpListener::bind((config.listen.ip(), 0))
                     .await
                     .context("listen on a free port")
@@ -186,7 +186,7 @@ impl Dev {
 
     async fn requests(&self, config: &HostConfig) -> Result<Option<TcpListener>> {
         match (listen_for_http(config).await, config.http) {
-            (Err(_), Some(address)) if address == HTTP_ADDRESS.parse()? => {
+            (Err(_), Some(address)) if is_unset(self.http.as_deref(), "ONCELY_HTTP") => {
                 TcpListener::bind((address.ip(), 0))
                     .await
                     .map(Some)
@@ -195,6 +195,11 @@ impl Dev {
             (listener, _) => listener,
         }
     }
+}
+
+/// Whether a setting of `oncely dev` has its default. An address that was set is never replaced.
+fn is_unset(flag: Option<&str>, variable: &str) -> bool {
+    flag.is_none() && std::env::var_os(variable).is_none()
 }
 
 /// Builds and deploys the workers of a manifest in this process.

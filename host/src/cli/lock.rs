@@ -2,7 +2,8 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
-use std::path::Path;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
@@ -32,12 +33,22 @@ impl Lock {
         let Database::Sqlite(path) = database else {
             return Ok(None);
         };
-        acquire(&path.with_added_extension("lock"))
+        acquire(&resolved(path).with_added_extension("lock"))
             .await
             .map(Some)
             .with_context(|| format!("use the database {}", path.display()))
             .hint("stop the host that uses it, or use PostgreSQL, which several hosts can share")
     }
+}
+
+/// The path without symbolic links, as one file must have one lock. The file itself may be missing.
+fn resolved(path: &Path) -> PathBuf {
+    let in_folder = || {
+        let folder = path.parent()?.canonicalize().ok()?;
+        Some(folder.join(path.file_name()?))
+    };
+    let file = path.canonicalize().ok();
+    file.or_else(in_folder).unwrap_or_else(|| path.to_owned())
 }
 
 async fn acquire(path: &Path) -> Result<Lock> {
@@ -47,6 +58,7 @@ async fn acquire(path: &Path) -> Result<Lock> {
         .truncate(false)
         .read(true)
         .write(true)
+        .mode(0o600)
         .open(path);
     let mut file = opened.with_context(context)?;
     let end = Instant::now() + LOCK_TIMEOUT;
