@@ -55,7 +55,7 @@ impl<T> Doing<T> for sqlx::Result<T> {
 }
 
 /// The error of a platform statement.
-pub(super) fn from_statement(error: Error, context: &'static str) -> StoreError {
+pub(in crate::store) fn from_statement(error: Error, context: &'static str) -> StoreError {
     let code = code(&error).to_owned();
     let cause = with_pooler_hint(anyhow::Error::new(error), &code).context(context);
     match code.as_str() {

@@ -9,7 +9,7 @@ mod changes;
 mod dead_lettering;
 mod dead_letters;
 mod deployments;
-mod errors;
+pub(super) mod errors;
 mod functions;
 mod guest_sql;
 mod guest_values;
@@ -17,16 +17,13 @@ mod inbox;
 mod instance;
 pub(super) mod migrate;
 mod outbox;
-mod outputs;
 mod partitions;
 mod privileges;
 mod redrive;
 mod repair;
-mod reports;
 mod requests;
-mod session;
+pub(super) mod session;
 mod state;
-mod totals;
 mod tx;
 mod wal;
 mod watermarks;
@@ -50,6 +47,7 @@ use self::privileges::Login;
 use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
 use self::wal::{PostgresWal, Replication};
+use super::db::Db;
 use super::instance::Instance;
 use super::{
     AlarmNotices, Attribution, BrokerState, CountedAttempt, DeadLetterAction,
@@ -59,6 +57,7 @@ use super::{
     RecoveredOutput, Redrive, RedriveLookup, Result, RetentionPolicy, StateRecord, Store,
     StoredReport, TakenOver, Tx, Unpublished, Watermarks, WorkerMigration, WorkerTotals,
 };
+use super::{outputs, reports, totals};
 use crate::fault;
 use crate::model::alarm::{self, Alarm};
 use crate::model::hint::WithHint;
@@ -351,13 +350,13 @@ impl Store for PostgresStore {
     async fn write_report(&self, report: &str, began: &OnceLock<Instant>) -> Result<()> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
         let _ = began.set(Instant::now());
-        reports::write(&mut session, self.instance.id(), report).await?;
+        reports::write(&mut Db::Postgres(&mut session), self.instance.id(), report).await?;
         session.commit().await
     }
 
     async fn reports(&self) -> Result<Vec<StoredReport>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let reports = reports::read(&mut session).await?;
+        let reports = reports::read(&mut Db::Postgres(&mut session)).await?;
         session.commit().await?;
         Ok(reports)
     }
@@ -454,7 +453,7 @@ impl Store for PostgresStore {
 
     async fn taken_ids(&self) -> Result<BTreeMap<String, u64>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let taken = outputs::taken_ids(&mut session).await?;
+        let taken = outputs::taken_ids(&mut Db::Postgres(&mut session)).await?;
         session.commit().await?;
         Ok(taken)
     }
@@ -535,35 +534,35 @@ impl Store for PostgresStore {
 
     async fn outputs(&self, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let found = outputs::list(&mut session, filter).await?;
+        let found = outputs::list(&mut Db::Postgres(&mut session), filter).await?;
         session.commit().await?;
         Ok(found)
     }
 
     async fn output(&self, number: i64) -> Result<Option<OutputRecord>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let found = outputs::find(&mut session, number).await?;
+        let found = outputs::find(&mut Db::Postgres(&mut session), number).await?;
         session.commit().await?;
         Ok(found)
     }
 
     async fn retry_outputs(&self, numbers: &[i64]) -> Result<u64> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        let done = outputs::retry(&mut session, numbers).await?;
+        let done = outputs::retry(&mut Db::Postgres(&mut session), numbers).await?;
         session.commit().await?;
         Ok(done)
     }
 
     async fn drop_outputs(&self, numbers: &[i64], note: &str) -> Result<u64> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        let done = outputs::drop(&mut session, numbers, note).await?;
+        let done = outputs::drop(&mut Db::Postgres(&mut session), numbers, note).await?;
         session.commit().await?;
         Ok(done)
     }
 
     async fn outbox_lag(&self) -> Result<Vec<OutboxLag>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let found = outputs::lag(&mut session).await?;
+        let found = outputs::lag(&mut Db::Postgres(&mut session)).await?;
         session.commit().await?;
         Ok(found)
     }
@@ -748,7 +747,7 @@ impl Store for PostgresStore {
 
     async fn totals(&self) -> Result<Vec<WorkerTotals>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let totals = totals::by_worker(&mut session).await?;
+        let totals = totals::by_worker(&mut Db::Postgres(&mut session)).await?;
         session.commit().await?;
         Ok(totals)
     }
@@ -761,7 +760,7 @@ impl Store for PostgresStore {
             .rotate(PartitionedTable::Request, retention.requests, retention)
             .await?;
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        totals::record_completed_redrives(&mut session).await?;
+        redrive::record_completed_redrives(&mut session).await?;
         done |= partitions::delete_wal_records(&mut session, retention.outputs, retention.limit)
             .await?;
         done |= partitions::delete_deleted_state(&mut session, retention.limit).await?;

@@ -15,8 +15,8 @@ use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Row, raw_sql};
 
 use super::errors::Doing;
+use super::redrive;
 use super::session::Session;
-use super::totals;
 use crate::store::archive::ArchiveFile;
 use crate::store::{Result, RetentionPolicy, StoreError, shared};
 
@@ -199,7 +199,7 @@ async fn truncate_oldest(
         return Ok(false);
     }
     if table == PartitionedTable::Inbox {
-        totals::record_completed_redrives(session).await?;
+        redrive::record_completed_redrives(session).await?;
     }
 
     // Archive the expired rows. Responses to requests are not archived.

@@ -336,3 +336,23 @@ async fn write_audit(
         .doing("write the audit of dead letters")?;
     Ok(())
 }
+
+/// Records as done the redriven dead letters that took effect, before their inbox records are
+/// deleted.
+pub(super) async fn record_completed_redrives(session: &mut Session) -> Result<()> {
+    let query = session.query(
+        "with done as (
+             update oncely.dead_letter set state = 'done' from oncely.inbox
+             where dead_letter.state = 'redriven' and inbox.worker = dead_letter.worker
+                 and inbox.event_id = dead_letter.event_id and inbox.state = 'done'
+             returning dead_letter.worker, dead_letter.event_id
+         )
+         delete from oncely.recording using done
+         where recording.worker = done.worker and recording.event_id = done.event_id",
+    );
+    query
+        .execute(session.connection())
+        .await
+        .doing("record completed redrives")?;
+    Ok(())
+}

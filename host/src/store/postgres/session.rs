@@ -321,7 +321,7 @@ impl Sessions {
 
 /// An open transaction. If it is dropped before it is finished, its connection is closed, which
 /// rolls it back.
-pub(super) struct Session {
+pub(in crate::store) struct Session {
     connection: PoolConnection<Postgres>,
     named_statements: bool,
     purpose: Purpose,
@@ -401,7 +401,10 @@ impl Session {
 
     /// A statement of the platform. Behind a pooler it is an unnamed prepared statement for one
     /// use.
-    pub(super) fn query(&self, statement: &'static str) -> Query<'static, Postgres, PgArguments> {
+    pub(in crate::store) fn query(
+        &self,
+        statement: &'static str,
+    ) -> Query<'static, Postgres, PgArguments> {
         sqlx::query(statement).persistent(self.named_statements)
     }
 
@@ -414,7 +417,7 @@ impl Session {
         sqlx::query_with(AssertSqlSafe(statement), arguments).persistent(self.named_statements)
     }
 
-    pub(super) fn connection(&mut self) -> &mut PgConnection {
+    pub(in crate::store) fn connection(&mut self) -> &mut PgConnection {
         &mut self.connection
     }
 

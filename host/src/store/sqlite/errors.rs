@@ -40,7 +40,7 @@ impl<T> Doing<T> for sqlx::Result<T> {
 }
 
 /// The error of a statement of the platform.
-pub(super) fn from_statement(error: Error, context: &'static str) -> StoreError {
+pub(in crate::store) fn from_statement(error: Error, context: &'static str) -> StoreError {
     let is_conflict = matches!(primary(&error), BUSY | LOCKED);
     let cause = anyhow::Error::new(error).context(context);
     if is_conflict {

@@ -9,21 +9,18 @@ mod changes;
 mod dead_lettering;
 mod dead_letters;
 mod deployments;
-mod errors;
+pub(super) mod errors;
 mod guest_sql;
 mod guest_values;
 mod inbox;
 pub(super) mod migrate;
 mod outbox;
-mod outputs;
 mod redrive;
 mod repair;
-mod reports;
 mod requests;
 mod retention;
-mod session;
+pub(super) mod session;
 mod state;
-mod totals;
 mod tx;
 mod watermarks;
 
@@ -42,6 +39,7 @@ use sqlx::sqlite::{SqlitePool, SqlitePoolOptions};
 use self::guest_sql::Guests;
 use self::session::Sessions;
 use self::tx::SqliteTx;
+use super::db::Db;
 use super::{
     AlarmNotices, Attribution, BrokerState, CountedAttempt, DeadLetterAction,
     DeadLetterActionResult, DeadLetterDepth, DeadLetterFilter, DeadLetterGroup, DeadLetterRecord,
@@ -50,6 +48,7 @@ use super::{
     Redrive, RedriveLookup, Result, RetentionPolicy, StateRecord, Store, StoredReport, TakenOver,
     Tx, Unpublished, Watermarks, WorkerMigration, WorkerTotals,
 };
+use super::{outputs, reports, totals};
 use crate::fault;
 use crate::model::alarm::{self, Alarm};
 use crate::model::output_ids::OutputIds;
@@ -169,12 +168,13 @@ impl Store for SqliteStore {
             .sessions
             .begin_with_callback(|| began.get_or_init(Instant::now))
             .await?;
-        reports::write(&mut session, report).await?;
+        let instance = session.instance();
+        reports::write(&mut Db::Sqlite(&mut session), instance, report).await?;
         session.commit().await
     }
 
     async fn reports(&self) -> Result<Vec<StoredReport>> {
-        reports::read(&self.readers).await
+        reports::read(&mut Db::SqliteReaders(&self.readers)).await
     }
 
     async fn renew_lease(&self) -> Result<Vec<TakenOver>> {
@@ -301,7 +301,7 @@ impl Store for SqliteStore {
     }
 
     async fn taken_ids(&self) -> Result<BTreeMap<String, u64>> {
-        outputs::taken_ids(&self.readers).await
+        outputs::taken_ids(&mut Db::SqliteReaders(&self.readers)).await
     }
 
     fn output_ids(&self) -> &OutputIds {
@@ -364,29 +364,29 @@ impl Store for SqliteStore {
     }
 
     async fn outputs(&self, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
-        outputs::list(&self.readers, filter).await
+        outputs::list(&mut Db::SqliteReaders(&self.readers), filter).await
     }
 
     async fn output(&self, number: i64) -> Result<Option<OutputRecord>> {
-        outputs::find(&self.readers, number).await
+        outputs::find(&mut Db::SqliteReaders(&self.readers), number).await
     }
 
     async fn retry_outputs(&self, numbers: &[i64]) -> Result<u64> {
         let mut session = self.sessions.begin().await?;
-        let done = outputs::retry(&mut session, numbers).await?;
+        let done = outputs::retry(&mut Db::Sqlite(&mut session), numbers).await?;
         session.commit().await?;
         Ok(done)
     }
 
     async fn drop_outputs(&self, numbers: &[i64], note: &str) -> Result<u64> {
         let mut session = self.sessions.begin().await?;
-        let done = outputs::drop(&mut session, numbers, note).await?;
+        let done = outputs::drop(&mut Db::Sqlite(&mut session), numbers, note).await?;
         session.commit().await?;
         Ok(done)
     }
 
     async fn outbox_lag(&self) -> Result<Vec<OutboxLag>> {
-        outputs::lag(&self.readers).await
+        outputs::lag(&mut Db::SqliteReaders(&self.readers)).await
     }
 
     async fn put_component(&self, digest: &str, wasm: &[u8]) -> Result<()> {
@@ -522,7 +522,7 @@ impl Store for SqliteStore {
     }
 
     async fn totals(&self) -> Result<Vec<WorkerTotals>> {
-        totals::by_worker(&self.readers).await
+        totals::by_worker(&mut Db::SqliteReaders(&self.readers)).await
     }
 
     async fn delete_expired(&self, retention: &RetentionPolicy) -> Result<bool> {

@@ -168,7 +168,7 @@ impl Hooks {
 
 /// An open transaction. If it is dropped before it is finished, the connection is closed, and the
 /// transaction with it.
-pub(super) struct Session {
+pub(in crate::store) struct Session {
     slot: OwnedMutexGuard<Option<Writer>>,
     instance: Instance,
     output_ids: Arc<OutputIds>,
@@ -191,7 +191,7 @@ impl Session {
         self.instance.id()
     }
 
-    pub(super) fn connection(&mut self) -> sqlx::Result<&mut SqliteConnection> {
+    pub(in crate::store) fn connection(&mut self) -> sqlx::Result<&mut SqliteConnection> {
         self.slot
             .as_mut()
             .map(|writer| &mut writer.connection)

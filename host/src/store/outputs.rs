@@ -1,0 +1,208 @@
+//! Outputs as operators see them: lists, retries and drops of parked ones, and the publishing lag.
+
+use std::collections::BTreeMap;
+
+use super::db::{Db, Param, Sql};
+use super::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, rows, shared};
+
+/// The columns of a summary, from the outbox and the dropped outputs. Times are in microseconds.
+macro_rules! postgres_summaries {
+    ($rest:literal) => {
+        concat!(
+            "with rows as (
+                 select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
+                     parked_at, headers, body, coalesce(outbox.stream, recorded.stream) as stream,
+                     coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence, blocked_by,
+                     null::timestamptz as dropped_at, null as note,
+                     case
+                         when via = 'wal' then case when seq in (select seq from oncely.wal_backlog()) then 'in-wal'
+                             else 'published' end
+                         when outbox.published_at is not null then 'published'
+                         when parked_at is not null then 'parked'
+                         when blocked_by is not null then 'blocked'
+                         when due_at > pg_catalog.now() then 'delayed'
+                         when leased_until > pg_catalog.now() then 'leased'
+                         else 'due'
+                     end as state
+                 from oncely.outbox left join lateral oncely.find_relay_record(seq) as recorded on via = 'wal'
+                 union all
+                 select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
+                     parked_at, headers, body, null, null, null, dropped_at, note, 'dropped'
+                 from oncely.dropped_output
+             )
+             select rows.*, (extract(epoch from created_at) * 1000000)::bigint as created,
+                 (extract(epoch from due_at) * 1000000)::bigint as due,
+                 (extract(epoch from parked_at) * 1000000)::bigint as parked,
+                 (extract(epoch from dropped_at) * 1000000)::bigint as dropped,
+                 (select pg_catalog.count(*) from oncely.outbox as other where other.blocked_by = rows.seq) as waiting
+             from rows ",
+            $rest
+        )
+    };
+}
+
+/// Like [`postgres_summaries`].
+macro_rules! sqlite_summaries {
+    ($rest:literal) => {
+        concat!(
+            "with clock as (
+                 select cast(unixepoch('subsec') * 1000000 as integer) as now
+             ), rows as (
+                 select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
+                     parked_at, headers, body, stream, stream_sequence, blocked_by, null as dropped_at, null as note,
+                     case
+                         when published_at is not null then 'published'
+                         when parked_at is not null then 'parked'
+                         when blocked_by is not null then 'blocked'
+                         when due_at > now then 'delayed'
+                         when leased_until > now then 'leased'
+                         else 'due'
+                     end as state
+                 from oncely_outbox, clock
+                 union all
+                 select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
+                     parked_at, headers, body, null, null, null, dropped_at, note, 'dropped'
+                 from oncely_dropped_output
+             )
+             select rows.*, created_at as created, due_at as due, parked_at as parked, dropped_at as dropped,
+                 (select count(*) from oncely_outbox as other where other.blocked_by = rows.seq) as waiting
+             from rows ",
+            $rest
+        )
+    };
+}
+
+/// Parked or all unpublished outputs, oldest first; or dropped ones, newest first.
+pub(super) async fn list(db: &mut Db<'_>, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
+    let (postgres, sqlite) = match (filter.dropped, filter.unpublished) {
+        (true, _) => (
+            postgres_summaries!("where dropped_at is not null and ($1::text is null or worker = $1) order by dropped_at desc, seq limit $2"),
+            sqlite_summaries!("where dropped_at is not null and ($1 is null or worker = $1) order by dropped_at desc, seq limit $2"),
+        ),
+        (false, true) => (
+            postgres_summaries!("where state not in ('published', 'dropped') and ($1::text is null or worker = $1) order by seq limit $2"),
+            sqlite_summaries!("where state not in ('published', 'dropped') and ($1 is null or worker = $1) order by seq limit $2"),
+        ),
+        (false, false) => (
+            postgres_summaries!("where state = 'parked' and parked_at is not null and ($1::text is null or worker = $1)
+             order by seq limit $2"),
+            sqlite_summaries!("where state = 'parked' and parked_at is not null and ($1 is null or worker = $1)
+             order by seq limit $2"),
+        ),
+    };
+    let sql = Sql {
+        postgres,
+        sqlite,
+        doing: "list outputs",
+    };
+    let params = [
+        Param::OptionalText(filter.worker.as_deref()),
+        Param::Int(filter.limit.into()),
+    ];
+    let rows = db.fetch_all(sql, &params).await?;
+    Ok(rows::list(&rows, rows::output_summary))
+}
+
+/// One output by its number.
+pub(super) async fn find(db: &mut Db<'_>, number: i64) -> Result<Option<OutputRecord>> {
+    let sql = Sql {
+        postgres: postgres_summaries!("where seq = $1"),
+        sqlite: sqlite_summaries!("where seq = $1"),
+        doing: "read an output",
+    };
+    let row = db.fetch_optional(sql, &[Param::Int(number)]).await?;
+    row.as_ref().map(rows::output).transpose()
+}
+
+/// Makes parked outputs due. Returns their number.
+pub(super) async fn retry(db: &mut Db<'_>, numbers: &[i64]) -> Result<u64> {
+    let sql = Sql {
+        postgres: "update oncely.outbox set parked_at = null, leased_until = pg_catalog.now()
+         where seq = any($1::bigint[]) and parked_at is not null",
+        sqlite: "update oncely_outbox
+         set parked_at = null, leased_until = cast(unixepoch('subsec') * 1000000 as integer)
+         where seq in (select value from json_each($1)) and parked_at is not null",
+        doing: "retry outputs",
+    };
+    db.execute(sql, &[Param::Ints(numbers)]).await
+}
+
+/// Moves parked outputs to the dropped ones. Returns their number.
+pub(super) async fn drop(db: &mut Db<'_>, numbers: &[i64], note: &str) -> Result<u64> {
+    let sql = Sql {
+        postgres: "with gone as (
+             delete from oncely.outbox where seq = any($1::bigint[]) and parked_at is not null
+             returning seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key, created_at, due_at,
+                 failures, last_error, parked_at
+         )
+         insert into oncely.dropped_output (seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key,
+             created_at, due_at, failures, last_error, parked_at, note)
+         select gone.*, $2 from gone",
+        sqlite: "insert into oncely_dropped_output (seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key,
+             created_at, due_at, failures, last_error, parked_at, note)
+         select seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key, created_at, due_at, failures,
+             last_error, parked_at, $2
+         from oncely_outbox where seq in (select value from json_each($1)) and parked_at is not null",
+        doing: "drop outputs",
+    };
+    let note = shared::printable(note);
+    let dropped = db
+        .execute(sql, &[Param::Ints(numbers), Param::Text(&note)])
+        .await?;
+
+    // SQLite copies and deletes in two statements.
+    if let Db::Sqlite(_) = db {
+        let delete = Sql {
+            postgres: "",
+            sqlite: "delete from oncely_outbox where seq in (select value from json_each($1)) and parked_at is not null",
+            doing: "drop outputs",
+        };
+        db.execute(delete, &[Param::Ints(numbers)]).await?;
+    }
+    Ok(dropped)
+}
+
+/// The publishing lag, by worker.
+pub(super) async fn lag(db: &mut Db<'_>) -> Result<Vec<OutboxLag>> {
+    let sql = Sql {
+        postgres: "with unpublished as (
+             select outbox.worker, outbox.due_at, outbox.parked_at is not null as is_parked,
+                 before.parked_at is not null as is_blocked
+             from oncely.outbox left join oncely.outbox as before on before.seq = outbox.blocked_by
+             where outbox.published_at is null and outbox.via = 'poll'
+             union all
+             select worker, due_at, false, false from oncely.wal_backlog()
+         )
+         select worker, pg_catalog.count(*) filter (where due_at <= pg_catalog.now()) as unpublished,
+             (extract(epoch from pg_catalog.now() - pg_catalog.min(due_at) filter (
+                 where due_at <= pg_catalog.now() and not is_parked and not is_blocked)) * 1000)::bigint as oldest_ms,
+             pg_catalog.count(*) filter (where is_parked) as parked, pg_catalog.count(*) filter (where is_blocked) as blocked
+         from unpublished group by worker order by worker",
+        sqlite: "with clock as (
+             select cast(unixepoch('subsec') * 1000000 as integer) as now
+         ), unpublished as (
+             select outbox.worker, outbox.due_at, outbox.parked_at is not null as is_parked,
+                 before.parked_at is not null as is_blocked
+             from oncely_outbox as outbox left join oncely_outbox as before on before.seq = outbox.blocked_by
+             where outbox.published_at is null
+         )
+         select worker, count(*) filter (where due_at <= now) as unpublished,
+             (max(now) - min(due_at) filter (where due_at <= now and not is_parked and not is_blocked)) / 1000 as oldest_ms,
+             count(*) filter (where is_parked) as parked, count(*) filter (where is_blocked) as blocked
+         from unpublished, clock group by worker order by worker",
+        doing: "measure the publishing lag",
+    };
+    let rows = db.fetch_all(sql, &[]).await?;
+    rows.iter().map(rows::lag).collect()
+}
+
+/// How many outputs changed their id because it was taken, by worker.
+pub(super) async fn taken_ids(db: &mut Db<'_>) -> Result<BTreeMap<String, u64>> {
+    let sql = Sql {
+        postgres: "select worker, pg_catalog.count(*) as taken from oncely.outbox where ids_taken > 0 group by worker",
+        sqlite: "select worker, count(*) as taken from oncely_outbox where ids_taken > 0 group by worker",
+        doing: "count taken ids",
+    };
+    let rows = db.fetch_all(sql, &[]).await?;
+    rows.iter().map(rows::taken_ids).collect()
+}
