@@ -7,12 +7,12 @@ use sqlx::postgres::{PgArguments, PgRow, Postgres};
 use sqlx::query::Query;
 use sqlx::sqlite::{Sqlite, SqliteArguments, SqlitePool, SqliteRow};
 
-use super::Result;
 use super::postgres::errors as postgres_errors;
 use super::postgres::session::Session as PostgresSession;
 use super::rows::{Columns, CommonType};
 use super::sqlite::errors as sqlite_errors;
 use super::sqlite::session::Session as SqliteSession;
+use super::{Result, StoreError};
 
 /// The place where a statement runs.
 pub(super) enum Db<'s> {
@@ -39,6 +39,8 @@ pub(super) enum Param<'p> {
     Int(i64),
     /// An array in PostgreSQL, a JSON array in SQLite.
     Ints(&'p [i64]),
+    /// Like [`Param::Ints`].
+    Texts(&'p [&'p str]),
 }
 
 /// A row of either database.
@@ -108,6 +110,13 @@ impl Db<'_> {
         }
     }
 
+    /// The row of a query that has exactly one.
+    pub(super) async fn fetch_one(&mut self, sql: Sql, params: &[Param<'_>]) -> Result<Row> {
+        let row = self.fetch_optional(sql, params).await?;
+        let missing = || anyhow::anyhow!("the query returned no row").context(sql.doing);
+        row.ok_or_else(|| StoreError::Unavailable(missing()))
+    }
+
     /// The row of a query that has one at most.
     pub(super) async fn fetch_optional(
         &mut self,
@@ -133,6 +142,7 @@ fn bind_postgres<'q>(
         Param::OptionalText(text) => query.bind(text),
         Param::Int(number) => query.bind(number),
         Param::Ints(numbers) => query.bind(numbers),
+        Param::Texts(texts) => query.bind(texts),
     })
 }
 
@@ -144,5 +154,6 @@ fn bind_sqlite<'q>(sql: &'static str, params: &[Param<'q>]) -> Query<'q, Sqlite,
             Param::OptionalText(text) => query.bind(text),
             Param::Int(number) => query.bind(number),
             Param::Ints(numbers) => query.bind(serde_json::json!(numbers).to_string()),
+            Param::Texts(texts) => query.bind(serde_json::json!(texts).to_string()),
         })
 }

@@ -26,7 +26,6 @@ pub(super) mod session;
 mod state;
 mod tx;
 mod wal;
-mod watermarks;
 
 use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
@@ -57,7 +56,7 @@ use super::{
     RecoveredOutput, Redrive, RedriveLookup, Result, RetentionPolicy, StateRecord, Store,
     StoredReport, TakenOver, Tx, Unpublished, Watermarks, WorkerMigration, WorkerTotals,
 };
-use super::{outputs, reports, totals};
+use super::{outputs, reports, totals, watermarks};
 use crate::fault;
 use crate::model::alarm::{self, Alarm};
 use crate::model::hint::WithHint;
@@ -468,45 +467,46 @@ impl Store for PostgresStore {
 
     async fn watermarks(&self, on_broker: Option<&str>) -> Result<Watermarks> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let watermarks = watermarks::read(&mut session, on_broker).await?;
+        let watermarks = watermarks::read(&mut Db::Postgres(&mut session), on_broker).await?;
         session.commit().await?;
         Ok(watermarks)
     }
 
     async fn write_watermark(&self, name: &str, seen: &BrokerState) -> Result<()> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        watermarks::write(&mut session, name, seen).await?;
+        watermarks::write(&mut Db::Postgres(&mut session), name, seen).await?;
         session.commit().await
     }
 
     async fn acknowledge_watermark(&self, name: &str, sequence: u64) -> Result<()> {
         let mut session = self.platform.begin(Purpose::AsyncCommit).await?;
-        watermarks::acknowledge(&mut session, name, sequence).await?;
+        watermarks::acknowledge(&mut Db::Postgres(&mut session), name, sequence).await?;
         session.commit().await
     }
 
     async fn known_events(&self, worker: &str, event_ids: &[&str]) -> Result<Vec<String>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let known = watermarks::known_events(&mut session, worker, event_ids).await?;
+        let known =
+            watermarks::known_events(&mut Db::Postgres(&mut session), worker, event_ids).await?;
         session.commit().await?;
         Ok(known)
     }
 
     async fn save_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        watermarks::save_recovered(&mut session, outputs).await?;
+        watermarks::save_recovered(&mut Db::Postgres(&mut session), outputs).await?;
         session.commit().await
     }
 
     async fn delete_recovered(&self, ids: &[&str]) -> Result<()> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
-        watermarks::delete_recovered(&mut session, ids).await?;
+        watermarks::delete_recovered(&mut Db::Postgres(&mut session), ids).await?;
         session.commit().await
     }
 
     async fn find_recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let found = watermarks::find_recovered(&mut session, ids).await?;
+        let found = watermarks::find_recovered(&mut Db::Postgres(&mut session), ids).await?;
         session.commit().await?;
         Ok(found)
     }

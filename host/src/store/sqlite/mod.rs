@@ -22,7 +22,6 @@ mod retention;
 pub(super) mod session;
 mod state;
 mod tx;
-mod watermarks;
 
 use errors::Doing;
 use std::collections::{BTreeMap, HashMap};
@@ -48,7 +47,7 @@ use super::{
     Redrive, RedriveLookup, Result, RetentionPolicy, StateRecord, Store, StoredReport, TakenOver,
     Tx, Unpublished, Watermarks, WorkerMigration, WorkerTotals,
 };
-use super::{outputs, reports, totals};
+use super::{outputs, reports, totals, watermarks};
 use crate::fault;
 use crate::model::alarm::{self, Alarm};
 use crate::model::output_ids::OutputIds;
@@ -313,39 +312,39 @@ impl Store for SqliteStore {
     }
 
     async fn watermarks(&self, on_broker: Option<&str>) -> Result<Watermarks> {
-        watermarks::read(&self.readers, on_broker).await
+        watermarks::read(&mut Db::SqliteReaders(&self.readers), on_broker).await
     }
 
     async fn write_watermark(&self, name: &str, seen: &BrokerState) -> Result<()> {
         let mut session = self.sessions.begin().await?;
-        watermarks::write(&mut session, name, seen).await?;
+        watermarks::write(&mut Db::Sqlite(&mut session), name, seen).await?;
         session.commit().await
     }
 
     async fn acknowledge_watermark(&self, name: &str, sequence: u64) -> Result<()> {
         let mut session = self.sessions.begin().await?;
-        watermarks::acknowledge(&mut session, name, sequence).await?;
+        watermarks::acknowledge(&mut Db::Sqlite(&mut session), name, sequence).await?;
         session.commit().await
     }
 
     async fn known_events(&self, worker: &str, event_ids: &[&str]) -> Result<Vec<String>> {
-        watermarks::known_events(&self.readers, worker, event_ids).await
+        watermarks::known_events(&mut Db::SqliteReaders(&self.readers), worker, event_ids).await
     }
 
     async fn save_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()> {
         let mut session = self.sessions.begin().await?;
-        watermarks::save_recovered(&mut session, outputs).await?;
+        watermarks::save_recovered(&mut Db::Sqlite(&mut session), outputs).await?;
         session.commit().await
     }
 
     async fn delete_recovered(&self, ids: &[&str]) -> Result<()> {
         let mut session = self.sessions.begin().await?;
-        watermarks::delete_recovered(&mut session, ids).await?;
+        watermarks::delete_recovered(&mut Db::Sqlite(&mut session), ids).await?;
         session.commit().await
     }
 
     async fn find_recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>> {
-        watermarks::find_recovered(&self.readers, ids).await
+        watermarks::find_recovered(&mut Db::SqliteReaders(&self.readers), ids).await
     }
 
     async fn last_published(&self, within: Duration) -> Result<Vec<PublishedOutput>> {
