@@ -37,6 +37,7 @@ pub(super) enum Param<'p> {
     Text(&'p str),
     OptionalText(Option<&'p str>),
     Int(i64),
+    OptionalInt(Option<i64>),
     /// An array in PostgreSQL, a JSON array in SQLite.
     Ints(&'p [i64]),
     /// Like [`Param::Ints`].
@@ -141,6 +142,7 @@ fn bind_postgres<'q>(
         Param::Text(text) => query.bind(text),
         Param::OptionalText(text) => query.bind(text),
         Param::Int(number) => query.bind(number),
+        Param::OptionalInt(number) => query.bind(number),
         Param::Ints(numbers) => query.bind(numbers),
         Param::Texts(texts) => query.bind(texts),
     })
@@ -153,6 +155,7 @@ fn bind_sqlite<'q>(sql: &'static str, params: &[Param<'q>]) -> Query<'q, Sqlite,
             Param::Text(text) => query.bind(text),
             Param::OptionalText(text) => query.bind(text),
             Param::Int(number) => query.bind(number),
+            Param::OptionalInt(number) => query.bind(number),
             Param::Ints(numbers) => query.bind(serde_json::json!(numbers).to_string()),
             Param::Texts(texts) => query.bind(serde_json::json!(texts).to_string()),
         })

@@ -29,6 +29,7 @@ mod archive;
 mod changes;
 pub mod conflict;
 mod db;
+mod dead_letter_queries;
 mod dead_letters;
 mod instance;
 mod migrations;

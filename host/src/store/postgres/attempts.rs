@@ -6,9 +6,7 @@ use sqlx::postgres::PgRow;
 
 use super::errors::{self, Doing};
 use super::session::Session;
-use crate::store::{
-    AttemptRecord, CountedAttempt, FailedAttempt, Result, StoreError, rows, shared,
-};
+use crate::store::{CountedAttempt, FailedAttempt, Result, StoreError, shared};
 
 /// Adds attempts and their recordings. Returns the number of each attempt at its event.
 ///
@@ -199,23 +197,4 @@ pub(super) async fn clear_crash_marker(
         .await
         .doing("clear a crash marker")?;
     Ok(())
-}
-
-/// All failed attempts at an event, oldest first.
-pub(super) async fn for_event(
-    session: &mut Session,
-    worker: &str,
-    event_id: &str,
-) -> Result<Vec<AttemptRecord>> {
-    let query = session.query(
-        "select attempt, version, code, error, logs, (extract(epoch from at) * 1000000)::bigint as at
-         from oncely.attempt where worker = $1 and event_id = $2 order by attempt",
-    );
-    let rows = query
-        .bind(worker)
-        .bind(event_id)
-        .fetch_all(session.connection())
-        .await
-        .doing("read attempts")?;
-    Ok(rows::list(&rows, rows::attempt))
 }

@@ -7,7 +7,6 @@ mod alarms;
 mod attempts;
 mod changes;
 mod dead_lettering;
-mod dead_letters;
 mod deployments;
 pub(super) mod errors;
 mod functions;
@@ -56,7 +55,7 @@ use super::{
     RecoveredOutput, Redrive, RedriveLookup, Result, RetentionPolicy, StateRecord, Store,
     StoredReport, TakenOver, Tx, Unpublished, Watermarks, WorkerMigration, WorkerTotals,
 };
-use super::{outputs, reports, totals, watermarks};
+use super::{dead_letter_queries, outputs, reports, totals, watermarks};
 use crate::fault;
 use crate::model::alarm::{self, Alarm};
 use crate::model::hint::WithHint;
@@ -642,21 +641,22 @@ impl Store for PostgresStore {
 
     async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterSummary>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let dead_letters = dead_letters::list(&mut session, filter).await?;
+        let dead_letters =
+            dead_letter_queries::list(&mut Db::Postgres(&mut session), filter).await?;
         session.commit().await?;
         Ok(dead_letters)
     }
 
     async fn find_dead_letter(&self, id: i64) -> Result<Option<DeadLetterRecord>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let dead_letter = dead_letters::find(&mut session, id).await?;
+        let dead_letter = dead_letter_queries::find(&mut Db::Postgres(&mut session), id).await?;
         session.commit().await?;
         Ok(dead_letter)
     }
 
     async fn dead_letter_groups(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterGroup>> {
         let mut session = self.platform.begin(Purpose::Read).await?;
-        let groups = dead_letters::groups(&mut session, filter).await?;
+        let groups = dead_letter_queries::groups(&mut Db::Postgres(&mut session), filter).await?;
         session.commit().await?;
         Ok(groups)
     }

@@ -6,7 +6,7 @@ use sqlx::sqlite::SqlitePool;
 
 use super::errors::Doing;
 use super::session::Session;
-use crate::store::{AttemptRecord, CountedAttempt, FailedAttempt, Result, rows, shared};
+use crate::store::{CountedAttempt, FailedAttempt, Result, shared};
 
 /// Counts failed attempts and stores their recordings. Returns the number of each attempt within
 /// its event.
@@ -160,22 +160,4 @@ pub(super) async fn clear_crash_marker(
         .await
         .doing("clear a crash marker")?;
     Ok(())
-}
-
-/// All attempts at an event, first to last.
-pub(super) async fn for_event(
-    readers: &SqlitePool,
-    worker: &str,
-    event_id: &str,
-) -> Result<Vec<AttemptRecord>> {
-    let rows = sqlx::query(
-        "select attempt, version, code, error, logs, at from oncely_attempt
-         where worker = $1 and event_id = $2 order by attempt",
-    )
-    .bind(worker)
-    .bind(event_id)
-    .fetch_all(readers)
-    .await
-    .doing("read attempts")?;
-    Ok(rows::list(&rows, rows::attempt))
 }

@@ -7,7 +7,6 @@ mod attempts;
 mod authorizer;
 mod changes;
 mod dead_lettering;
-mod dead_letters;
 mod deployments;
 pub(super) mod errors;
 mod guest_sql;
@@ -47,7 +46,7 @@ use super::{
     Redrive, RedriveLookup, Result, RetentionPolicy, StateRecord, Store, StoredReport, TakenOver,
     Tx, Unpublished, Watermarks, WorkerMigration, WorkerTotals,
 };
-use super::{outputs, reports, totals, watermarks};
+use super::{dead_letter_queries, outputs, reports, totals, watermarks};
 use crate::fault;
 use crate::model::alarm::{self, Alarm};
 use crate::model::output_ids::OutputIds;
@@ -443,15 +442,15 @@ impl Store for SqliteStore {
     }
 
     async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterSummary>> {
-        dead_letters::list(&self.readers, filter).await
+        dead_letter_queries::list(&mut Db::SqliteReaders(&self.readers), filter).await
     }
 
     async fn find_dead_letter(&self, id: i64) -> Result<Option<DeadLetterRecord>> {
-        dead_letters::find(&self.readers, id).await
+        dead_letter_queries::find(&mut Db::SqliteReaders(&self.readers), id).await
     }
 
     async fn dead_letter_groups(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterGroup>> {
-        dead_letters::groups(&self.readers, filter).await
+        dead_letter_queries::groups(&mut Db::SqliteReaders(&self.readers), filter).await
     }
 
     async fn dead_letter_depths(&self) -> Result<Vec<DeadLetterDepth>> {
