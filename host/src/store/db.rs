@@ -1,7 +1,7 @@
 //! One way to run a statement on either database.
 //!
-//! A function of a table holds the SQL of both dialects, side by side. [`Db`] hides the two kinds of
-//! sqlx: sessions, parameters and rows.
+//! A function of a table holds the SQL of both dialects, side by side. [`Db`] hides the two kinds
+//! of sqlx: sessions, parameters and rows.
 
 use sqlx::postgres::{PgArguments, PgRow, Postgres};
 use sqlx::query::Query;
