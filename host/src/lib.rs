@@ -4,58 +4,58 @@
 //! module imports modules of lower layers only. The tidy test reads this list and checks that rule.
 #![warn(missing_docs)]
 
-/// The command line: one file per command.
+// The command line: one file per command.
 pub mod cli;
 
-/// The control API: JSON over HTTP.
+// The control API: JSON over HTTP.
 mod api;
 
-/// A running host: start and stop, supervision of workers, deployments, restores.
+// A running host: start and stop, supervision of workers, deployments, restores.
 mod runtime;
 
-/// Alarms: the monitor that raises them, the webhook that posts them.
+// Alarms: the monitor that raises them, the webhook that posts them.
 mod alarms;
-/// Dead letters: dry run of a redrive, verification afterwards, replay of a failed attempt.
+// Dead letters: dry run of a redrive, verification afterwards, replay of a failed attempt.
 mod dlq;
 
-/// A running worker: pulls messages, keeps them in order, runs batches in lanes.
+// A running worker: pulls messages, keeps them in order, runs batches in lanes.
 mod consumer;
-/// HTTP requests to handlers, each with one effect per idempotency key.
+// HTTP requests to handlers, each with one effect per idempotency key.
 mod ingress;
 
-/// State shared by all parts of a running host.
+// State shared by all parts of a running host.
 mod services;
 
-/// The relay: publishes committed outputs.
+// The relay: publishes committed outputs.
 mod relay;
 
-/// The core: a batch of messages, or a request, becomes one transaction.
+// The core: a batch of messages, or a request, becomes one transaction.
 pub mod delivery;
 
-/// The read cache, in memory and in Redis.
+// The read cache, in memory and in Redis.
 pub mod cache;
 
-/// NATS JetStream, by async-nats.
+// NATS JetStream, by async-nats.
 pub mod bus;
-/// Guests: components and their calls, by wasmtime.
+// Guests: components and their calls, by wasmtime.
 pub mod guest;
-/// HTTP listeners with bounds on connections, time and memory, by hyper.
+// HTTP listeners with bounds on connections, time and memory, by hyper.
 mod http_server;
-/// The database, by sqlx.
+// The database, by sqlx.
 pub mod store;
 
-/// Inspection of a component before it is compiled, by wasmparser.
+// Inspection of a component before it is compiled, by wasmparser.
 mod component;
-/// Settings of the host and the manifest of an application.
+// Settings of the host and the manifest of an application.
 pub mod config;
-/// Metrics and health.
+// Metrics and health.
 pub mod metrics;
 
-/// Ordered shutdown.
+// Ordered shutdown.
 pub mod drain;
 
-/// Plain values without IO.
+// Plain values without IO.
 pub mod model;
 
-/// Named crash points, for tests.
+// Named crash points, for tests.
 pub mod fault;

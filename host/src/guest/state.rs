@@ -40,9 +40,9 @@ pub struct Call {
     pub payload_max: usize,
     /// The transaction for SQL and keyed state.
     pub database: Arc<dyn Database>,
-    /// The cache that the guest reads. Its writes are returned in the [`CallOutcome`].
+    /// The cache that the guest reads. Its writes are returned in the [`super::CallOutcome`].
     pub cache: Arc<dyn CacheReader>,
-    /// State after the previous item. The [`CallOutcome`] returns it.
+    /// State after the previous item. The [`super::CallOutcome`] returns it.
     pub state: BatchState,
     /// The request for an HTTP worker. Its single message stands for the request.
     pub request: Option<RequestCall>,
