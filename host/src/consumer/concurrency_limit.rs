@@ -2,14 +2,18 @@
 //!
 //! A transaction holds its row locks until it commits. Lanes whose batches write the same rows
 //! deadlock, roll back and run again. Fewer lanes then have a higher throughput. Therefore each
-//! conflict halves the limit, and a period without conflicts raises it by one.
+//! conflict halves the limit, and a period without conflicts raises it by one. PostgreSQL takes a
+//! second to find a deadlock, so a rise that fails is expensive: after each one, the next rise waits
+//! twice as long.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Number of batches without a conflict, multiplied by the limit, that raises the limit by one.
-const BATCHES_PER_INCREASE: usize = 8;
+/// Number of batches without a conflict, multiplied by the limit, that raises the limit by one: at
+/// first, and at most.
+const PATIENCE_MIN: usize = 8;
+const PATIENCE_MAX: usize = 4_096;
 
 /// Limits the number of lanes that deliver at the same time.
 pub struct ConcurrencyLimit {
@@ -25,6 +29,9 @@ struct State {
     excess: usize,
     /// Number of batches since the last conflict or the last increase.
     calm_batches: usize,
+    /// Calm batches per lane before the next increase. Conflicts double it, calm at the maximum
+    /// halves it.
+    patience: usize,
 }
 
 /// Permission to deliver one batch, until dropped.
@@ -41,6 +48,7 @@ impl ConcurrencyLimit {
             limit: max,
             excess: 0,
             calm_batches: 0,
+            patience: PATIENCE_MIN,
         });
         ConcurrencyLimit {
             permits: Arc::new(Semaphore::new(max)),
@@ -71,16 +79,27 @@ impl ConcurrencyLimit {
             let leave = state.limit - fewer;
             // Permits that lanes hold are removed when they are returned.
             state.excess += leave - self.permits.forget_permits(leave);
+            // A conflict of a single lane is one with another host, or of a lane that still ran.
+            if leave > 0 {
+                state.patience = (state.patience * 2).min(PATIENCE_MAX);
+            }
             (state.limit, state.calm_batches) = (fewer, 0);
             return;
         }
+
         state.calm_batches += 1;
-        if state.limit < self.max && state.calm_batches >= BATCHES_PER_INCREASE * state.limit {
-            (state.limit, state.calm_batches) = (state.limit + 1, 0);
-            match state.excess {
-                0 => self.permits.add_permits(1),
-                _ => state.excess -= 1,
-            }
+        if state.calm_batches < state.patience * state.limit {
+            return;
+        }
+        state.calm_batches = 0;
+        if state.limit == self.max {
+            state.patience = (state.patience / 2).max(PATIENCE_MIN);
+            return;
+        }
+        state.limit += 1;
+        match state.excess {
+            0 => self.permits.add_permits(1),
+            _ => state.excess -= 1,
         }
     }
 
@@ -133,10 +152,14 @@ mod tests {
         let only = concurrency_limit.acquire().await;
         assert!(concurrency_limit.acquire().now_or_never().is_none());
         drop(only);
-        for _ in 0..BATCHES_PER_INCREASE * (1 + 2 + 3) {
-            concurrency_limit.record_conflicts(0);
-        }
-        assert_eq!(concurrency_limit.limit(), 4);
+        let calm = |batches: usize| {
+            (0..batches).for_each(|_| concurrency_limit.record_conflicts(0));
+            concurrency_limit.limit()
+        };
+        // Two of the conflicts lowered the limit, so each rise takes four times as long.
+        assert_eq!(calm(4 * PATIENCE_MIN - 1), 1);
+        assert_eq!(calm(1), 2);
+        assert_eq!(calm(4 * PATIENCE_MIN * (2 + 3)), 4);
         let all: Vec<_> = (0..4)
             .map(|_| concurrency_limit.acquire().now_or_never())
             .collect();
@@ -153,7 +176,7 @@ mod tests {
             concurrency_limit.acquire().await,
         );
         concurrency_limit.record_conflicts(1);
-        for _ in 0..BATCHES_PER_INCREASE {
+        for _ in 0..2 * PATIENCE_MIN {
             concurrency_limit.record_conflicts(0);
         }
         assert_eq!(concurrency_limit.limit(), 2);
@@ -163,5 +186,20 @@ mod tests {
             concurrency_limit.acquire().now_or_never(),
         );
         assert!(again.0.is_some() && again.1.is_some());
+    }
+
+    #[tokio::test]
+    async fn calm_at_the_maximum_makes_rises_quick_again() {
+        let concurrency_limit = ConcurrencyLimit::new(2);
+        let calm = |batches: usize| {
+            (0..batches).for_each(|_| concurrency_limit.record_conflicts(0));
+            concurrency_limit.limit()
+        };
+        concurrency_limit.record_conflicts(1);
+        assert_eq!(calm(2 * PATIENCE_MIN), 2);
+        // The patience is back at its minimum after as many calm batches of two lanes.
+        calm(2 * 2 * PATIENCE_MIN);
+        concurrency_limit.record_conflicts(1);
+        assert_eq!((calm(2 * PATIENCE_MIN - 1), calm(1)), (1, 2));
     }
 }
