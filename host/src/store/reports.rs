@@ -6,8 +6,8 @@ use super::db::{Db, Param, Sql};
 use super::rows::Columns as _;
 use super::{Result, StoreError, StoredReport};
 
-/// Replaces the report of a host.
-pub(super) async fn write(db: &mut Db<'_>, instance: i64, report: &str) -> Result<()> {
+/// Replaces the report of a host. SQLite has one host, which needs no instance.
+pub(super) async fn write(db: &mut Db<'_>, instance: Option<i64>, report: &str) -> Result<()> {
     let sql = Sql {
         postgres: "insert into oncely.host_report (instance, report) values ($2, $1)
          on conflict (instance) do update set report = excluded.report, written_at = pg_catalog.now(),
@@ -17,13 +17,9 @@ pub(super) async fn write(db: &mut Db<'_>, instance: i64, report: &str) -> Resul
          set report = excluded.report, number = oncely_host_report.number + 1, written_at = cast(unixepoch('subsec') * 1000000 as integer)",
         doing: "write the host's report",
     };
-    // SQLite has one host, so it needs no instance.
-    let params = [Param::Text(report), Param::Int(instance)];
-    let params = match db {
-        Db::Postgres(_) => &params[..],
-        Db::Sqlite(_) | Db::SqliteReaders(_) => params.split_at(1).0,
-    };
-    db.execute(sql, params).await.map(drop)
+    let mut params = vec![Param::Text(report)];
+    params.extend(instance.map(Param::Int));
+    db.execute(sql, &params).await.map(drop)
 }
 
 /// The reports of all live hosts.

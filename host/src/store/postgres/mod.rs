@@ -348,7 +348,12 @@ impl Store for PostgresStore {
     async fn write_report(&self, report: &str, began: &OnceLock<Instant>) -> Result<()> {
         let mut session = self.platform.begin(Purpose::Platform).await?;
         let _ = began.set(Instant::now());
-        reports::write(&mut Db::Postgres(&mut session), self.instance.id(), report).await?;
+        reports::write(
+            &mut Db::Postgres(&mut session),
+            Some(self.instance.id()),
+            report,
+        )
+        .await?;
         session.commit().await
     }
 

@@ -166,8 +166,7 @@ impl Store for SqliteStore {
             .sessions
             .begin_with_callback(|| began.get_or_init(Instant::now))
             .await?;
-        let instance = session.instance();
-        reports::write(&mut Db::Sqlite(&mut session), instance, report).await?;
+        reports::write(&mut Db::Sqlite(&mut session), None, report).await?;
         session.commit().await
     }
 
