@@ -348,7 +348,8 @@ impl Messages {
             match self.started {
                 true => {
                     let is_commit = message.starts_with(b"Q") && message.ends_with(b"commit\0");
-                    commits |= is_commit && (!guests_only || contains(&message, b".commit_token = '"));
+                    commits |=
+                        is_commit && (!guests_only || contains(&message, b".commit_token = '"));
                 }
                 false => {
                     self.started = !NEGOTIATIONS.contains(&message.get(4..8).unwrap_or_default())
