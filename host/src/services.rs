@@ -37,8 +37,8 @@ pub struct Services {
 pub struct RelayLink(Mutex<Option<RelayHandle>>);
 
 impl RelayLink {
-    pub fn new(hand_over: RelayHandle) -> Self {
-        RelayLink(Mutex::new(Some(hand_over)))
+    pub fn new(relay_handle: RelayHandle) -> Self {
+        RelayLink(Mutex::new(Some(relay_handle)))
     }
 
     /// `None` once the host drains.

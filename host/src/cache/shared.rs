@@ -69,7 +69,7 @@ pub(super) struct SharedEntry {
     age: Duration,
     /// The remaining time for which it is fresh.
     fresh_for: Duration,
-    /// The remaining time for which it is served, at last as a stale one.
+    /// The remaining time for which it is served, fresh and then stale.
     expires_in: Duration,
 }
 

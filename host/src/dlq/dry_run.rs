@@ -87,7 +87,7 @@ pub struct Preconditions {
     pub version: Option<u32>,
     /// Digest over the prediction, the rows and the state before, and the destinations of outputs.
     ///
-    /// Values that a handler generates anew each time, such as random numbers, are not included.
+    /// Values that a handler generates at each run, such as random numbers, are not included.
     pub fingerprint: String,
 }
 

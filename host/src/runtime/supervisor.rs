@@ -1,4 +1,4 @@
-//! Supervision: runs the active deployments, switches versions, and prunes what is no longer used.
+//! Supervision: runs the active deployments, switches versions, and prunes unused components and expired rows.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::{Arc, PoisonError};

@@ -54,6 +54,11 @@ pub(super) async fn dead_letter(
     Ok((notices, alarms::append_notices(session, alarms).await?))
 }
 
+/// The workers and the event ids, as two columns in the order of the dead letters.
+fn keys_of<'a>(new_dead_letters: &'a [NewDeadLetter<'_>]) -> (Vec<&'a str>, Vec<&'a str>) {
+    new_dead_letters.iter().map(NewDeadLetter::key).unzip()
+}
+
 /// Settles as dead the events that are not settled yet, and returns them.
 async fn settle(
     session: &mut Session,
@@ -70,20 +75,11 @@ async fn settle(
                 .transpose()?,
         );
     }
+    let (workers, event_ids) = keys_of(new_dead_letters);
     let query = session.query("select * from oncely.settle_dead($1, $2, $3, $4, $5)");
     let rows = query
-        .bind(
-            new_dead_letters
-                .iter()
-                .map(|new_dead_letter| new_dead_letter.key().0)
-                .collect::<Vec<_>>(),
-        )
-        .bind(
-            new_dead_letters
-                .iter()
-                .map(|new_dead_letter| new_dead_letter.key().1)
-                .collect::<Vec<_>>(),
-        )
+        .bind(workers)
+        .bind(event_ids)
         .bind(
             new_dead_letters
                 .iter()
@@ -107,24 +103,15 @@ async fn inbox_records(
     session: &mut Session,
     new_dead_letters: &[NewDeadLetter<'_>],
 ) -> Result<HashMap<(String, String), InboxRecord>> {
+    let (workers, event_ids) = keys_of(new_dead_letters);
     let query = session.query(
         "select worker, event_id, payload_sha256, state = 'dead' from oncely.inbox
          where (worker, event_id) in (select * from unnest($1::text[], $2::text[]))
          order by worker, event_id for update",
     );
     let rows = query
-        .bind(
-            new_dead_letters
-                .iter()
-                .map(|new_dead_letter| new_dead_letter.key().0)
-                .collect::<Vec<_>>(),
-        )
-        .bind(
-            new_dead_letters
-                .iter()
-                .map(|new_dead_letter| new_dead_letter.key().1)
-                .collect::<Vec<_>>(),
-        )
+        .bind(workers)
+        .bind(event_ids)
         .fetch_all(session.connection())
         .await
         .doing("lock dead events")?;
