@@ -3,8 +3,8 @@
 //! A transaction holds its row locks until it commits. Lanes whose batches write the same rows
 //! deadlock, roll back and run again. Fewer lanes then have a higher throughput. Therefore each
 //! conflict halves the limit, and a period without conflicts raises it by one. PostgreSQL takes a
-//! second to find a deadlock, so a rise that fails is expensive: after each one, the next rise waits
-//! twice as long.
+//! second to find a deadlock, so a rise that fails is expensive: after each one, the next rise
+//! waits twice as long.
 
 use std::sync::{Arc, Mutex, PoisonError};
 

@@ -1,4 +1,4 @@
-//! Supervision: runs the active deployments, switches versions, and prunes unused components and expired rows.
+//! Supervision: runs active deployments, switches versions, prunes components and expired rows.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::{Arc, PoisonError};
