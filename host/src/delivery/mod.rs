@@ -144,16 +144,16 @@ impl Delivery {
             };
 
             run.reruns += u32::from(!matches!(outcome, TxOutcome::Finished));
+            if !matches!(outcome, TxOutcome::Finished | TxOutcome::Rerun) {
+                item::reset(&mut group);
+            }
+            let pending = run.finish(group);
             match outcome {
-                TxOutcome::Finished => {
-                    let pending = run.finish(group);
-                    push_group(&mut groups, pending);
-                }
+                TxOutcome::Finished => push_group(&mut groups, pending),
                 TxOutcome::Rerun => {
                     fault::point(fault::BEFORE_RERUN);
                     run.savepoints = Savepoints::PerItem;
-                    let others = run.finish(group);
-                    push_group(&mut groups, others);
+                    push_group(&mut groups, pending);
                 }
                 TxOutcome::Conflict(cause) => {
                     self.metrics.conflict(&self.worker.name);
@@ -162,16 +162,11 @@ impl Delivery {
                         return Err(StoreError::Conflict(cause));
                     }
                     pause_after(run.conflicts).await;
-                    item::reset(&mut group);
-                    split(group, &mut groups);
+                    split(pending, &mut groups);
                 }
-                TxOutcome::Split => {
-                    item::reset(&mut group);
-                    split(group, &mut groups);
-                }
+                TxOutcome::Split => split(pending, &mut groups),
                 TxOutcome::RunIndividually => {
-                    item::reset(&mut group);
-                    for item in group.into_iter().rev() {
+                    for item in pending.into_iter().rev() {
                         groups.push_front(vec![item]);
                     }
                 }
