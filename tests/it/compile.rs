@@ -53,15 +53,22 @@ fn slow_component(functions: usize) -> Result<Vec<u8>> {
     ))
 }
 
-/// The test component plus a module whose functions take much memory to compile.
+/// The test component plus a module whose functions take more than 1 GiB each to compile, even
+/// with one thread.
 fn large_component() -> Result<Vec<u8>> {
     let steps = (0..990).map(|n| {
-        let local = |m: usize| 1 + (n * m) % 2_000;
+        let sums = (n * 100..(n + 1) * 100).map(|k| {
+            let local = |m: usize| 1 + (k * m) % 2_000;
+            format!(
+                "(local.set {} (i64.add (local.get {}) (local.get {})))",
+                local(7),
+                local(13),
+                local(29)
+            )
+        });
         format!(
-            "(loop (local.set {} (i64.add (local.get {}) (local.get {}))) (br_if 0 (local.get 0)))",
-            local(7),
-            local(13),
-            local(29)
+            "(loop {} (br_if 0 (local.get 0)))",
+            sums.collect::<String>()
         )
     });
     let function = format!(
