@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use async_nats::HeaderMap;
@@ -18,6 +18,10 @@ const CHUNK: usize = 20;
 /// The publisher pauses while more messages than this wait for the worker.
 const BACKLOG_MAX: u64 = 1_000;
 
+/// The publisher gives up when the backlog has been full for this long after the last fault: the
+/// host handles nothing any more.
+const STALLED_AFTER: Duration = Duration::from_secs(45);
+
 /// State shared by the publisher and its campaign.
 #[derive(Default)]
 pub struct Progress {
@@ -30,7 +34,8 @@ pub struct Progress {
     pub acked: Mutex<BTreeMap<u64, Vec<u8>>>,
 }
 
-/// Publishes at least `least` messages, about `rate` per second, until the campaign has enough.
+/// Publishes at least `least` messages, about `rate` per second, until the campaign has enough, or
+/// the host stops handling them.
 pub async fn publish(
     url: String,
     mut workload: Workload,
@@ -51,13 +56,21 @@ pub async fn publish(
         .build(client);
     let mut interval = tokio::time::interval(Duration::from_secs_f64(CHUNK as f64 / rate));
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut last_room = Instant::now();
     while progress.published.load(Ordering::Relaxed) < least
         || !progress.enough.load(Ordering::Relaxed)
     {
         interval.tick().await;
+        if !progress.enough.load(Ordering::Relaxed) {
+            last_room = Instant::now();
+        }
+        if last_room.elapsed() > STALLED_AFTER {
+            break;
+        }
         if progress.backlog.load(Ordering::Relaxed) < BACKLOG_MAX {
             let messages: Vec<NewMessage> = (0..CHUNK).map(|_| workload.next_message()).collect();
             publish_until_acked(&context, messages, &progress).await?;
+            last_room = Instant::now();
         }
     }
     Ok(workload)
