@@ -98,7 +98,21 @@ async fn a_version_whose_consumer_is_refused_is_not_active() -> Result<()> {
     };
     jetstream.create_stream(forgetful).await?;
 
-    // Both are refused, and nothing is deployed.
+    // A work queue without room for another consumer
+    let full = Config {
+        retention: RetentionPolicy::WorkQueue,
+        max_consumers: 1,
+        ..stream("FULL", "full.>")
+    };
+    let full = jetstream.create_stream(full).await?;
+    let only = jetstream::consumer::pull::Config {
+        durable_name: Some("only".to_owned()),
+        filter_subject: "full.a".to_owned(),
+        ..Default::default()
+    };
+    full.create_consumer(only).await?;
+
+    // All are refused, and nothing is deployed.
     let refused = deploy(&world, &other("QUEUE")?)
         .await
         .unwrap_err()
@@ -113,6 +127,17 @@ async fn a_version_whose_consumer_is_refused_is_not_active() -> Result<()> {
         .unwrap_err()
         .to_string();
     ensure!(refused.contains("removes idle consumers"), "{refused}");
+    let beside = |queue: &str, subject: &str| -> Result<String> {
+        Ok(other(queue)?.replace(
+            &format!("stream = \"{queue}\""),
+            &format!("stream = \"{queue}\"\nsubjects = [\"{subject}\"]"),
+        ))
+    };
+    let refused = deploy(&world, &beside("FULL", "full.b")?)
+        .await
+        .unwrap_err()
+        .to_string();
+    ensure!(refused.contains("consumers limit"), "{refused}");
     let workers = world.oncely(&["workers"]).await?;
     ensure!(
         !workers.contains("other"),
@@ -124,12 +149,8 @@ async fn a_version_whose_consumer_is_refused_is_not_active() -> Result<()> {
     );
 
     // The rival consumes one subject; others are free.
-    let beside = other("QUEUE")?.replace(
-        "stream = \"QUEUE\"",
-        "stream = \"QUEUE\"\nsubjects = [\"queue.b\"]",
-    );
     assert_eq!(
-        deploy(&world, &beside).await?.trim(),
+        deploy(&world, &beside("QUEUE", "queue.b")?).await?.trim(),
         "worker other version 1 is active"
     );
     Ok(())

@@ -339,7 +339,11 @@ impl Bus {
             return Ok(());
         }
         if stream_config.retention == RetentionPolicy::WorkQueue {
-            return self.check_queue_overlap(subscription).await;
+            self.check_queue_overlap(subscription).await?;
+            // The trial would compete with the worker's own consumer.
+            if own.is_some() {
+                return Ok(());
+            }
         }
         // A trial consumer that expires, with every setting that the server may refuse.
         let trial = Config {

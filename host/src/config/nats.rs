@@ -140,7 +140,7 @@ pub(super) fn resolve(
         Some(setting) => Login::Credentials(existing_file(&setting, setting.path())?),
         None => login_in_url(&servers).unwrap_or_else(|| login(&context, path)),
     };
-    let is_from_context = login != Login::None && login == self::login(&context, path);
+    let is_from_context = login != Login::None && login == context_login(&context, path);
     Ok(Nats {
         servers,
         login,
@@ -185,6 +185,12 @@ fn login_in_url(servers: &[String]) -> Option<Login> {
         },
         None => Login::Token(Secret::new(plain(&login))),
     })
+}
+
+/// The login of a context: one in its URL, or one of its own keys.
+fn context_login(context: &ContextFile, path: impl Fn(&str) -> PathBuf) -> Login {
+    let servers: Vec<String> = context.url.split(',').map(str::to_owned).collect();
+    login_in_url(&servers).unwrap_or_else(|| login(context, path))
 }
 
 fn login(context: &ContextFile, path: impl Fn(&str) -> PathBuf) -> Login {
@@ -242,7 +248,7 @@ impl Nats {
         let Some(Context { file, home }) = &self.context else {
             return Ok(self.login.clone());
         };
-        Ok(login(&read_context(file)?, |text: &str| {
+        Ok(context_login(&read_context(file)?, |text: &str| {
             expand_home(home, text)
         }))
     }

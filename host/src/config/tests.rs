@@ -399,6 +399,21 @@ fn a_nats_context_gives_servers_and_login_and_flags_override_it() {
         resolve(&["--nats", "c:4222"], &env).unwrap().nats.servers,
         ["c:4222"]
     );
+
+    // A login in the context's URL is read again, too.
+    let write = |password: &str| {
+        let text = format!(r#"{{"url": "nats://ada:{password}@a"}}"#);
+        std::fs::write(context.join("prod.json"), text).unwrap();
+    };
+    let password = |password: &str| Login::Password {
+        user: "ada".into(),
+        password: Secret::new(password),
+    };
+    write("one");
+    let nats = resolve(&[], &env).unwrap().nats;
+    assert_eq!(nats.current_login().unwrap(), password("one"));
+    write("two");
+    assert_eq!(nats.current_login().unwrap(), password("two"));
 }
 
 #[test]

@@ -178,6 +178,11 @@ impl RunningWorker {
     }
 }
 
+/// The subscriptions of a worker: to its stream, and to its redrives.
+pub fn subscriptions(worker: &Worker, stream: &str) -> [Subscription; 2] {
+    [subscription(worker, stream), redrive::subscription(worker)]
+}
+
 /// Subscription of a worker to its stream.
 pub fn subscription(worker: &Worker, stream: &str) -> Subscription {
     Subscription {
@@ -317,7 +322,7 @@ struct Lanes {
     version: u32,
     /// Capacity for redriven messages.
     redrive_permits: Arc<Semaphore>,
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     in_flight: InFlightMessages,
     ticker: JoinHandle<()>,
 }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::bus::StreamSpec;
 use crate::component;
 use crate::config::manifest::{Stream, Worker, WorkerMigration};
-use crate::consumer::subscription;
+use crate::consumer::subscriptions;
 use crate::guest::check_kind;
 use crate::ingress::check_routes;
 use crate::model::hint::WithHint;
@@ -183,17 +183,23 @@ pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<Depl
     Ok(record)
 }
 
-/// Checks that the worker can consume its stream: a version that never can is not activated.
+/// Checks that the worker can consume its stream and its redrives: a version that never can is not
+/// activated.
 async fn check_consumer(host: &Host, worker: &Worker) -> Result<()> {
     let Some(stream) = &worker.stream else {
         return Ok(());
     };
-    let result = host
-        .services
-        .bus
-        .validate_subscription(&subscription(worker, stream))
-        .await;
-    result.with_context(|| format!("worker {} cannot consume the stream {stream}", worker.name))
+    for subscription in subscriptions(worker, stream) {
+        let result = host.services.bus.validate_subscription(&subscription).await;
+        let name = &worker.name;
+        result.with_context(|| {
+            format!(
+                "worker {name} cannot consume the stream {}",
+                subscription.stream
+            )
+        })?;
+    }
+    Ok(())
 }
 
 fn stream_spec(stream: &Stream) -> StreamSpec {
