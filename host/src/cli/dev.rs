@@ -245,13 +245,18 @@ async fn print_addresses(host_process: &HostProcess, config: &HostConfig) -> Res
     for state in host_process.host.workers().await {
         let version = state
             .version
-            .map_or_else(String::new, |version| version.to_string());
+            .map_or_else(String::new, |version| format!(" version {version}"));
         let takes = match &state.stream {
             Some(stream) => format!("{stream} {}", state.subjects.join(" ")),
             None => state.routes.join(" · "),
         };
+        let takes = if takes.is_empty() {
+            takes
+        } else {
+            format!(": {takes}")
+        };
         term::data(format!(
-            "worker {} version {version} is {}: {takes}",
+            "worker {}{version} is {}{takes}",
             state.worker, state.state
         ))?;
     }
