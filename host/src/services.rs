@@ -22,7 +22,7 @@ const AGE_WITHIN: Duration = Duration::from_secs(1);
 
 /// The shared parts of a host.
 pub struct Services {
-    pub store: Arc<dyn Store>,
+    pub store: Arc<Store>,
     pub bus: Bus,
     pub engine: GuestEngine,
     pub cache: Cache,

@@ -59,18 +59,21 @@ pub async fn measure(rows: usize) -> Result<Value> {
     let cluster = tokio::task::spawn_blocking(Cluster::start_durable).await??;
     let database = cluster.create_database().await?;
     let url = cluster.url(&database);
-    let postgres: Arc<dyn Store> = Arc::new(PostgresStore::connect(&url, 16).await?);
+    let postgres: Arc<Store> = Arc::new(PostgresStore::connect(&url, 16).await?.into());
     let on_postgres = run("postgres", postgres, Place::Postgres(url), rows).await?;
     let folder = tempfile::tempdir()?;
-    let sqlite: Arc<dyn Store> =
-        Arc::new(SqliteStore::open(&folder.path().join("oncely.db")).await?);
+    let sqlite: Arc<Store> = Arc::new(
+        SqliteStore::open(&folder.path().join("oncely.db"))
+            .await?
+            .into(),
+    );
     let on_sqlite = run("sqlite", sqlite, Place::Sqlite(folder), rows).await?;
     Ok(
         json!({ "rows": rows, "keep_seconds": KEEP.as_secs(), "postgres": on_postgres, "sqlite": on_sqlite }),
     )
 }
 
-async fn run(name: &str, store: Arc<dyn Store>, place: Place, rows: usize) -> Result<Value> {
+async fn run(name: &str, store: Arc<Store>, place: Place, rows: usize) -> Result<Value> {
     let next = Arc::new(AtomicUsize::new(0));
     let lanes: Vec<_> = (0..LANES)
         .map(|_| tokio::spawn(lane(Arc::clone(&store), Arc::clone(&next), rows)))
@@ -154,7 +157,7 @@ fn cpu_seconds() -> f64 {
 }
 
 /// Settles events with one output each and marks the outputs as published.
-async fn lane(store: Arc<dyn Store>, next: Arc<AtomicUsize>, rows: usize) -> Result<()> {
+async fn lane(store: Arc<Store>, next: Arc<AtomicUsize>, rows: usize) -> Result<()> {
     loop {
         let first = next.fetch_add(BATCH, Ordering::Relaxed);
         if first >= rows {
@@ -204,7 +207,7 @@ fn output(event: &String) -> Output {
     }
 }
 
-async fn remove(store: Arc<dyn Store>) {
+async fn remove(store: Arc<Store>) {
     let policy = RetentionPolicy {
         outputs: KEEP,
         inbox: Some(KEEP),

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use oncely::model::sql::Functions;
 use oncely::store::{PostgresStore, Store, WorkerMigration};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row, raw_sql};
@@ -58,7 +58,8 @@ pub async fn prepare(cluster: &Cluster) -> Result<PreparedServer> {
         &direct.replace("postgres@", &format!("{database}_platform:secret@")),
         4,
     )
-    .await?;
+    .await
+    .map(Store::from)?;
     let digest = "a".repeat(64);
     store.put_component(&digest, b"component").await?;
     let migration = WorkerMigration {
@@ -72,7 +73,10 @@ pub async fn prepare(cluster: &Cluster) -> Result<PreparedServer> {
             println!("extension {extension} is not available");
         }
     }
-    let functions = store.functions().await?;
+    let Store::Postgres(postgres) = &store else {
+        bail!("the store is not on PostgreSQL");
+    };
+    let functions = postgres.functions().await?;
     let role: String = around
         .fetch_one("select role from oncely.app_login")
         .await?

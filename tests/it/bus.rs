@@ -64,7 +64,7 @@ async fn next(pull: &mut PullConsumer) -> Result<DeliveredMessage> {
 /// A proof of settlement, created like in production by a commit of the store.
 async fn proof() -> Result<Settled> {
     let folder = tempfile::tempdir()?;
-    let store = SqliteStore::open(&folder.path().join("proof.db")).await?;
+    let store = Store::from(SqliteStore::open(&folder.path().join("proof.db")).await?);
     let mut tx = store.begin("worker", Duration::from_secs(5)).await?;
     tx.claim(&[Claim {
         event_id: "1".to_owned(),

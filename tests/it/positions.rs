@@ -32,9 +32,11 @@ impl DeliveryHarness {
     pub async fn new(kind: Kind, settings: &str) -> Result<DeliveryHarness> {
         let folder = tempfile::tempdir()?;
         let database = Database::fresh(kind, folder.path()).await?;
-        let store: Arc<dyn Store> = match &database {
-            Database::Sqlite(path) => Arc::new(SqliteStore::open(path).await?),
-            Database::Postgres { host, .. } => Arc::new(PostgresStore::connect(host, 4).await?),
+        let store: Arc<Store> = match &database {
+            Database::Sqlite(path) => Arc::new(SqliteStore::open(path).await?.into()),
+            Database::Postgres { host, .. } => {
+                Arc::new(PostgresStore::connect(host, 4).await?.into())
+            }
         };
         let entry = Manifest::parse(&manifest(settings)?, "oncely.toml")?
             .workers
@@ -273,7 +275,7 @@ async fn state_keys_are_read_for_a_batch_with_one_statement() -> Result<()> {
         .await?;
 
     // Only connections opened from now on are counted.
-    let store = PostgresStore::connect(direct, 4).await?;
+    let store = Store::from(PostgresStore::connect(direct, 4).await?);
     let delivery = Delivery {
         store: Arc::new(store),
         ..harness.delivery.clone()

@@ -65,7 +65,7 @@ const LIMITS: SqlLimits = SqlLimits {
 
 /// A store on a fresh database.
 struct World {
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     /// The store's URL of PostgreSQL; none for SQLite.
     store_url: Option<String>,
     /// The direct URL of the database; none for SQLite.
@@ -80,7 +80,7 @@ impl World {
             .await
             .unwrap();
         World {
-            store: Arc::new(store),
+            store: Arc::new(store.into()),
             store_url: None,
             url: None,
             folder,
@@ -106,7 +106,7 @@ impl World {
         let store = PostgresStore::connect(url, 8).await.unwrap();
         let folder = tempfile::tempdir().unwrap();
         World {
-            store: Arc::new(store),
+            store: Arc::new(store.into()),
             store_url: Some(url.to_owned()),
             url: Some(direct.to_owned()),
             folder,
@@ -116,21 +116,21 @@ impl World {
     /// The same database without the statement filter, to test the database privileges alone.
     async fn without_filter(self) -> Self {
         self.store.close().await;
-        let store: Arc<dyn Store> = match &self.store_url {
-            Some(url) => Arc::new(
-                PostgresStore::connect(url, 8)
-                    .await
-                    .unwrap()
-                    .without_filter(),
-            ),
-            None => Arc::new(
-                SqliteStore::open(&self.folder.path().join("oncely.db"))
-                    .await
-                    .unwrap()
-                    .without_filter(),
-            ),
+        let store: Store = match &self.store_url {
+            Some(url) => {
+                let store = PostgresStore::connect(url, 8).await.unwrap();
+                store.without_filter().into()
+            }
+            None => {
+                let file = self.folder.path().join("oncely.db");
+                let store = SqliteStore::open(&file).await.unwrap();
+                store.without_filter().into()
+            }
         };
-        World { store, ..self }
+        World {
+            store: Arc::new(store),
+            ..self
+        }
     }
 
     /// Dead-letters messages without raising alarms. Returns the proofs and the notices.
@@ -148,7 +148,7 @@ impl World {
         self.store.dialect() == Dialect::Postgres
     }
 
-    async fn begin(&self) -> Box<dyn Tx> {
+    async fn begin(&self) -> Tx {
         self.store.begin(WORKER, TIME).await.unwrap()
     }
 
@@ -238,18 +238,18 @@ fn new_claim(event_id: &str, payload: u8) -> Claim {
     }
 }
 
-async fn claim(tx: &mut Box<dyn Tx>, event_id: &str, payload: u8) -> Claimed {
+async fn claim(tx: &mut Tx, event_id: &str, payload: u8) -> Claimed {
     tx.claim(&[new_claim(event_id, payload)])
         .await
         .unwrap()
         .remove(0)
 }
 
-async fn query(tx: &mut Box<dyn Tx>, statement: &str, params: &[Value]) -> Rows {
+async fn query(tx: &mut Tx, statement: &str, params: &[Value]) -> Rows {
     tx.query(statement, params, LIMITS).await.unwrap().unwrap()
 }
 
-async fn execute(tx: &mut Box<dyn Tx>, statement: &str, params: &[Value]) -> u64 {
+async fn execute(tx: &mut Tx, statement: &str, params: &[Value]) -> u64 {
     tx.execute(statement, params).await.unwrap().unwrap()
 }
 

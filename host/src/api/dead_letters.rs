@@ -53,7 +53,7 @@ async fn find(
     Json(filter): Json<DeadLetterFilter>,
 ) -> ApiResult<Vec<DeadLetterSummary>> {
     Ok(Json(
-        store::all_dead_letters(&*host.services.store, &filter).await?,
+        store::all_dead_letters(&host.services.store, &filter).await?,
     ))
 }
 
@@ -62,7 +62,7 @@ async fn groups(
     Json(filter): Json<DeadLetterFilter>,
 ) -> ApiResult<Vec<DeadLetterGroup>> {
     Ok(Json(
-        store::grouped_dead_letters(&*host.services.store, &filter).await?,
+        store::grouped_dead_letters(&host.services.store, &filter).await?,
     ))
 }
 
@@ -159,7 +159,7 @@ async fn replayable(
         .await?
         .ok_or_else(|| dead_letter_not_found(id))?;
     Ok(Json(
-        replay::replayable(&*host.services.store, &dead_letter).await?,
+        replay::replayable(&host.services.store, &dead_letter).await?,
     ))
 }
 

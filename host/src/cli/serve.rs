@@ -261,25 +261,22 @@ async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     }
 }
 
-async fn open_store(config: &HostConfig) -> Result<Arc<dyn Store>> {
-    let opened: Result<Arc<dyn Store>> = match &config.database {
+async fn open_store(config: &HostConfig) -> Result<Arc<Store>> {
+    let opened: Result<Store> = match &config.database {
         Database::Postgres(url) => {
             let store = match config.guest_sql {
                 GuestSql::Restricted => PostgresStore::connect(url, config.pool_size).await,
                 GuestSql::Trusted => PostgresStore::connect_trusted(url, config.pool_size).await,
             };
             match store {
-                Ok(store) => with_wal(store, url, config)
-                    .await
-                    .map(|store| Arc::new(store) as Arc<dyn Store>),
+                Ok(store) => with_wal(store, url, config).await,
                 Err(error) => Err(error),
             }
         }
-        Database::Sqlite(path) => SqliteStore::open(path)
-            .await
-            .map(|store| Arc::new(store) as Arc<dyn Store>),
+        Database::Sqlite(path) => SqliteStore::open(path).await.map(Store::from),
     };
     opened
+        .map(Arc::new)
         .with_context(|| format!("open the database {}", config.database.redacted()))
         .hint("set the database with --database URL or ONCELY_DATABASE")
         .map_err(unreachable)
@@ -288,14 +285,14 @@ async fn open_store(config: &HostConfig) -> Result<Arc<dyn Store>> {
 /// Lets the host read the WAL, and requests the configured relay mode.
 ///
 /// WAL mode is requested only if the database allows it.
-async fn with_wal(store: PostgresStore, url: &str, config: &HostConfig) -> Result<PostgresStore> {
+async fn with_wal(store: PostgresStore, url: &str, config: &HostConfig) -> Result<Store> {
     let url = match &config.relay_database {
         Some(Database::Postgres(url)) => url,
         _ => url,
     };
     let store = match store.with_wal(url, config.relay_slot_max) {
         Err(error) if config.relay == Some(RelayMode::Wal) => return Err(error),
-        with_wal => with_wal?,
+        with_wal => Store::from(with_wal?),
     };
     if let (Some(relay), Some(log)) = (config.relay, store.wal()) {
         if relay == RelayMode::Wal {

@@ -148,7 +148,7 @@ async fn read_for_version(
 ) -> Option<RedriveLookup> {
     let end = Instant::now() + SWITCH_TIMEOUT;
     loop {
-        let found = read_dead_letter(&*lanes.store, pointer, &lanes.worker.name, stopping).await?;
+        let found = read_dead_letter(&lanes.store, pointer, &lanes.worker.name, stopping).await?;
         let is_ours =
             !matches!(found, RedriveLookup::Message(_, active) if active != lanes.version);
         if is_ours || Instant::now() >= end {
@@ -163,7 +163,7 @@ async fn read_for_version(
 /// Reads a dead letter, and retries until the database is available. `None` when the host stops
 /// first.
 async fn read_dead_letter(
-    store: &dyn Store,
+    store: &Store,
     pointer: Pointer,
     worker: &str,
     stopping: &Stopping,

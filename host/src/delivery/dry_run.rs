@@ -87,7 +87,7 @@ impl Delivery {
         // Read the effects, then roll back.
         let mut tx = shared_tx.take_tx().await?;
         let dry_run = match outcome {
-            Ok(outcome) => self.inspect(outcome, tx.as_mut(), limit).await,
+            Ok(outcome) => self.inspect(outcome, &mut tx, limit).await,
             Err(error) => Err(store_error(error)),
         };
         tx.rollback().await;
@@ -98,7 +98,7 @@ impl Delivery {
     async fn inspect(
         &self,
         outcome: CallOutcome,
-        tx: &mut dyn Tx,
+        tx: &mut Tx,
         limit: usize,
     ) -> Result<Option<DryRunOutcome>, StoreError> {
         let CallOutcome {

@@ -54,7 +54,7 @@ const DUPLICATE_WAIT: Duration = Duration::from_millis(500);
 #[derive(Clone)]
 pub struct Delivery {
     /// The database that runs the transactions.
-    pub store: Arc<dyn Store>,
+    pub store: Arc<Store>,
     /// The compiled component of the deployment.
     pub guest: Guest,
     /// The worker's manifest, with all defaults filled in.
@@ -211,7 +211,7 @@ impl Delivery {
         }
 
         // Run the guest.
-        let state = match self.prefetch(&fresh, tx.as_mut()).await {
+        let state = match self.prefetch(&fresh, &mut tx).await {
             Ok(state) => state,
             Err(error) => return roll_back_after(error, tx).await,
         };
@@ -240,7 +240,7 @@ impl Delivery {
     async fn prefetch(
         &self,
         fresh: &[&mut BatchItem],
-        tx: &mut dyn Tx,
+        tx: &mut Tx,
     ) -> Result<BatchState, StoreError> {
         let mut state = BatchState::default();
         let keys: BTreeSet<String> = fresh
@@ -266,7 +266,7 @@ impl Delivery {
     async fn commit_group(
         &self,
         run: &mut BatchRun,
-        mut tx: Box<dyn Tx>,
+        mut tx: Tx,
         fresh: &mut [&mut BatchItem],
         mut effects: GroupEffects,
         read_version: ReadVersion,
@@ -284,7 +284,7 @@ impl Delivery {
         let invalidation = self.invalidation_output(&first, &effects.cache)?;
         let invalidation_id = invalidation.as_ref().map(|output| output.id.clone());
         effects.outputs.extend(invalidation);
-        let rows = match self.write_effects(tx.as_mut(), fresh, &effects).await {
+        let rows = match self.write_effects(&mut tx, fresh, &effects).await {
             Ok(rows) => rows,
             Err(error) => {
                 tx.rollback().await;
@@ -323,7 +323,7 @@ impl Delivery {
     /// Releases the claims of items without an effect, writes state and outputs.
     async fn write_effects(
         &self,
-        tx: &mut dyn Tx,
+        tx: &mut Tx,
         fresh: &[&mut BatchItem],
         effects: &GroupEffects,
     ) -> Result<Vec<OutboxRow>, StoreError> {
@@ -504,7 +504,7 @@ fn push_group(groups: &mut VecDeque<Vec<BatchItem>>, group: Vec<BatchItem>) {
 }
 
 /// Rolls back. A conflict is the outcome of the transaction, any other error is returned.
-async fn roll_back_after(error: StoreError, tx: Box<dyn Tx>) -> Result<TxOutcome, StoreError> {
+async fn roll_back_after(error: StoreError, tx: Tx) -> Result<TxOutcome, StoreError> {
     tx.rollback().await;
     match error {
         StoreError::Conflict(cause) => Ok(TxOutcome::Conflict(cause)),

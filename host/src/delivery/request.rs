@@ -247,7 +247,7 @@ impl Delivery {
         outcome.outputs.extend(invalidation);
         let leased_at = Instant::now();
         match self
-            .write(incoming, &response, outcome, is_success, tx.as_mut())
+            .write(incoming, &response, outcome, is_success, &mut tx)
             .await
         {
             Ok(outputs) => {
@@ -288,7 +288,7 @@ impl Delivery {
         response: &HttpResponse,
         mut outcome: CallOutcome,
         is_success: bool,
-        tx: &mut dyn Tx,
+        tx: &mut Tx,
     ) -> Result<Vec<OutboxRow>, StoreError> {
         let mut rows = Vec::new();
         if is_success {
@@ -313,7 +313,7 @@ impl Delivery {
 /// # Errors
 /// Nothing took effect.
 pub(crate) async fn commit(
-    tx: Box<dyn Tx>,
+    tx: Tx,
     handled: RequestOutcome,
     metrics: &Metrics,
     worker: &str,
@@ -379,7 +379,7 @@ fn commit_refused(cause: &anyhow::Error) -> RequestOutcome {
 /// The result of claiming a request.
 pub(crate) enum RequestClaim {
     /// This transaction handles the request, and holds its key if there is one.
-    Acquired(Box<dyn Tx>),
+    Acquired(Tx),
     /// The request is or was handled elsewhere. The transaction has ended.
     HandledElsewhere(RequestOutcome),
 }
@@ -389,7 +389,7 @@ pub(crate) enum RequestClaim {
 /// # Errors
 /// The claim failed. The transaction has ended.
 pub(crate) async fn claim(
-    mut tx: Box<dyn Tx>,
+    mut tx: Tx,
     incoming: &IncomingRequest,
 ) -> Result<RequestClaim, StoreError> {
     let Some((key, _)) = &incoming.key else {

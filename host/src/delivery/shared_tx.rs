@@ -25,22 +25,18 @@ pub(super) struct SharedTx {
 /// The transaction and its savepoint state.
 struct TxSlot {
     /// `None` after [`SharedTx::take_tx`].
-    tx: Option<Box<dyn Tx>>,
+    tx: Option<Tx>,
     /// Whether the next statement needs a savepoint first.
     needs_savepoint: bool,
 }
 
 impl TxSlot {
-    fn tx(&mut self) -> anyhow::Result<&mut dyn Tx> {
-        Ok(self
-            .tx
-            .as_mut()
-            .context("the transaction is over")?
-            .as_mut())
+    fn tx(&mut self) -> anyhow::Result<&mut Tx> {
+        self.tx.as_mut().context("the transaction is over")
     }
 
     /// Returns the transaction. Sets the savepoint before the first statement of an item.
-    async fn item_tx(&mut self) -> anyhow::Result<&mut dyn Tx> {
+    async fn item_tx(&mut self) -> anyhow::Result<&mut Tx> {
         if self.needs_savepoint {
             self.tx()?.savepoint().await?;
             self.needs_savepoint = false;
@@ -50,7 +46,7 @@ impl TxSlot {
 }
 
 impl SharedTx {
-    pub(super) fn new(dialect: Dialect, tx: Box<dyn Tx>) -> Self {
+    pub(super) fn new(dialect: Dialect, tx: Tx) -> Self {
         SharedTx {
             dialect,
             slot: Arc::new(Mutex::new(TxSlot {
@@ -64,7 +60,7 @@ impl SharedTx {
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] if it was taken before.
-    pub(super) async fn take_tx(&self) -> Result<Box<dyn Tx>, StoreError> {
+    pub(super) async fn take_tx(&self) -> Result<Tx, StoreError> {
         let missing = || StoreError::Unavailable(anyhow::anyhow!("the transaction is missing"));
         self.slot.lock().await.tx.take().ok_or_else(missing)
     }
@@ -157,7 +153,7 @@ impl Database for SharedTx {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{SqliteStore, Store as _, WorkerMigration};
+    use crate::store::{SqliteStore, Store, WorkerMigration};
     use futures::FutureExt as _;
 
     const LIMITS: SqlLimits = SqlLimits {
@@ -181,6 +177,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(&folder.path().join("test.db"))
             .await
+            .map(Store::from)
             .unwrap();
         let digest = "0".repeat(64);
         store.put_component(&digest, b"").await.unwrap();

@@ -379,12 +379,12 @@ async fn mark_order_hazards(
         .context("read the worker's stream")?;
     let later = events_by_key(passed, ordering_key, source, stream.created);
     for (one, key, sequence) in candidates {
-        let events: Vec<String> = later
+        let events: Vec<&str> = later
             .get(&key)
             .into_iter()
             .flatten()
             .filter(|(later, _)| *later > sequence)
-            .map(|(_, event_id)| event_id.clone())
+            .map(|(_, event_id)| event_id.as_str())
             .collect();
         let done = services.store.done_events(&worker.name, &events).await?;
         if let Some(event) = done.first() {

@@ -74,7 +74,7 @@ pub struct Divergence {
 /// # Errors
 /// The recording or the manifest cannot be read.
 pub async fn replayable(
-    store: &dyn Store,
+    store: &Store,
     dead_letter: &DeadLetterRecord,
 ) -> Result<Option<Replayable>> {
     let (worker, event_id) = (&dead_letter.summary.worker, &dead_letter.summary.event_id);

@@ -114,7 +114,7 @@ enum Target {
 
 impl Ingress {
     pub fn new(
-        store: Arc<dyn Store>,
+        store: Arc<Store>,
         relay: RelayHandle,
         metrics: Arc<Metrics>,
         bus: Bus,

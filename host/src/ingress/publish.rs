@@ -41,7 +41,7 @@ const FORWARDED_HEADERS: [&str; 3] = ["content-type", "traceparent", "tracestate
 const HEADER_PREFIX: &str = "x-message-";
 
 pub(super) struct Publisher {
-    pub store: Arc<dyn Store>,
+    pub store: Arc<Store>,
     pub bus: Bus,
     pub metrics: Arc<Metrics>,
 }
@@ -177,7 +177,7 @@ impl Publisher {
             tx.rollback().await;
             return Ok(Err(problem));
         }
-        match self.write(publication, incoming, tx.as_mut()).await {
+        match self.write(publication, incoming, &mut tx).await {
             Ok(handled) => commit(tx, handled, &self.metrics, PUBLISHER).await.map(Ok),
             Err(error) => {
                 tx.rollback().await;
@@ -190,7 +190,7 @@ impl Publisher {
         &self,
         publication: &Publication,
         incoming: &IncomingRequest,
-        tx: &mut dyn Tx,
+        tx: &mut Tx,
     ) -> Result<RequestOutcome, StoreError> {
         // Fully random: the id is public, and must not be derivable from that of another message.
         let id = Uuid::new_v4().to_string();

@@ -93,7 +93,7 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(15);
 /// Handle of the relay for lanes. Cheap to clone.
 #[derive(Clone)]
 pub struct RelayHandle {
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     state: Arc<RelayState>,
     sender: mpsc::Sender<HandedOverOutputs>,
     /// False while the WAL reader is far behind.
@@ -116,7 +116,7 @@ impl RelayHandle {
         if rows.is_empty() {
             return;
         }
-        match recovered::split(&*self.store, &self.state, rows).await {
+        match recovered::split(&self.store, &self.state, rows).await {
             Ok((rows, already_published)) => drop(
                 self.sender
                     .send(HandedOverOutputs {
@@ -137,7 +137,7 @@ impl RelayHandle {
 
 /// The task that publishes outputs.
 pub struct Relay {
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     bus: Bus,
     metrics: Arc<Metrics>,
     state: Arc<RelayState>,
@@ -179,7 +179,7 @@ type InFlightPublishes = FuturesUnordered<BoxFuture<'static, FinishedPublish>>;
 impl Relay {
     /// Creates the relay, its handle for lanes, and the channels of the WAL reader.
     pub fn new(
-        store: Arc<dyn Store>,
+        store: Arc<Store>,
         bus: Bus,
         metrics: Arc<Metrics>,
         state: Arc<RelayState>,

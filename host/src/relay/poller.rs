@@ -40,7 +40,7 @@ pub(super) struct OutputBatch {
 /// # Errors
 /// The database cannot be read or written.
 pub(super) async fn poll(
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     bus: Bus,
     metrics: Arc<Metrics>,
     state: Arc<RelayState>,
@@ -58,7 +58,7 @@ pub(super) async fn poll(
     // Without a list of streams the lookup is skipped. The broker then accepts hardly any output,
     // and an accepted one was first tried a short time ago.
     let streams = bus.streams(streams_max_age).await.unwrap_or_default();
-    let (rows, already_published) = recovered::split(&*store, &state, rows).await?;
+    let (rows, already_published) = recovered::split(&store, &state, rows).await?;
     let mut batch = OutputBatch {
         rows,
         since,

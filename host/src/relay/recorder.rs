@@ -19,7 +19,7 @@ const TRIES_MAX: u32 = 5;
 
 /// Outcomes that are not in the database yet.
 pub struct Recorder {
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     published: Vec<Published>,
     unpublished: Vec<(i64, Unpublished)>,
     writing: Option<JoinHandle<()>>,
@@ -38,7 +38,7 @@ struct WalRecorder {
 }
 
 impl Recorder {
-    pub fn new(store: Arc<dyn Store>, outcomes: mpsc::UnboundedSender<WalOutcome>) -> Self {
+    pub fn new(store: Arc<Store>, outcomes: mpsc::UnboundedSender<WalOutcome>) -> Self {
         let wal = WalRecorder {
             keys: HashMap::new(),
             outcomes,
@@ -154,7 +154,7 @@ impl WalRecorder {
 }
 
 async fn record(
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     published: Vec<Published>,
     unpublished: Vec<(i64, Unpublished)>,
 ) {

@@ -11,7 +11,7 @@ use crate::store::{OutboxRow, Published, Store, StoreError};
 /// # Errors
 /// The database cannot be read.
 pub(super) async fn split(
-    store: &dyn Store,
+    store: &Store,
     state: &RelayState,
     rows: Vec<OutboxRow>,
 ) -> Result<(Vec<OutboxRow>, Vec<Published>), StoreError> {

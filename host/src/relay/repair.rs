@@ -48,7 +48,7 @@ const REPUBLISH_BATCH_MAX: usize = 5_000;
 
 /// Checks the streams of published outputs.
 pub struct Repair {
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     bus: Bus,
     metrics: Arc<Metrics>,
     state: Arc<RelayState>,
@@ -60,7 +60,7 @@ pub struct Repair {
 
 impl Repair {
     pub fn new(
-        store: Arc<dyn Store>,
+        store: Arc<Store>,
         bus: Bus,
         metrics: Arc<Metrics>,
         state: Arc<RelayState>,

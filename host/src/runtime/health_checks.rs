@@ -403,7 +403,7 @@ impl CommitProbe {
 }
 
 async fn write_report(
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     report: HostReport,
     began: Arc<OnceLock<Instant>>,
 ) -> Result<Duration> {

@@ -14,7 +14,7 @@ use crate::store::{RENEW_INTERVAL, RENEW_TIMEOUT, Store, TakenOver};
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 
 /// Renews the lease until the host has stopped, also while it drains.
-pub(super) async fn run(store: Arc<dyn Store>, state: Arc<RelayState>, mut stopping: Stopping) {
+pub(super) async fn run(store: Arc<Store>, state: Arc<RelayState>, mut stopping: Stopping) {
     let mut trouble = LastError::default();
     loop {
         let after = match renew(store.as_ref(), &state).await {
@@ -42,7 +42,7 @@ pub(super) async fn run(store: Arc<dyn Store>, state: Arc<RelayState>, mut stopp
 }
 
 /// Renews the lease once, and returns the delay until the next renewal.
-pub(super) async fn renew(store: &dyn Store, state: &RelayState) -> Result<Duration> {
+pub(super) async fn renew(store: &Store, state: &RelayState) -> Result<Duration> {
     let began = Instant::now();
     let renewed = tokio::time::timeout(RENEW_TIMEOUT, store.renew_lease()).await;
     let taken_over = renewed.with_context(|| format!("no response within {RENEW_TIMEOUT:?}"))??;

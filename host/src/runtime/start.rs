@@ -57,7 +57,7 @@ impl Host {
     /// The host's own streams, its lease or its relay cannot be set up. A worker that cannot run is
     /// no error.
     pub async fn start(
-        store: Arc<dyn Store>,
+        store: Arc<Store>,
         bus: Bus,
         engine: GuestEngine,
         retention: Retention,
@@ -105,7 +105,7 @@ impl Host {
 impl Parts {
     #[expect(clippy::too_many_arguments, reason = "the parts of a host, each once")]
     fn new(
-        store: Arc<dyn Store>,
+        store: Arc<Store>,
         bus: Bus,
         engine: GuestEngine,
         retention: Retention,
@@ -197,7 +197,7 @@ impl Default for HostTasks {
 
 impl HostTasks {
     /// Takes the host's lease in the database and renews it until the host ends.
-    async fn begin_lease(&mut self, store: &Arc<dyn Store>) -> Result<Arc<RelayState>> {
+    async fn begin_lease(&mut self, store: &Arc<Store>) -> Result<Arc<RelayState>> {
         let state = Arc::<RelayState>::default();
         lease::renew(store.as_ref(), &state)
             .await

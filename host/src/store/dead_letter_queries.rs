@@ -95,10 +95,7 @@ fn params(filter: &DeadLetterFilter) -> [Param<'_>; 8] {
 }
 
 /// One page of dead letters, newest first.
-pub(super) async fn list(
-    db: &mut Db<'_>,
-    filter: &DeadLetterFilter,
-) -> Result<Vec<DeadLetterSummary>> {
+pub(super) async fn list(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterSummary>> {
     macro_rules! listed {
         ($summaries:ident, $fits:ident) => {
             if filter.closed {
@@ -123,10 +120,7 @@ pub(super) async fn list(
 }
 
 /// Counts and times of matching dead letters, by group and subject.
-pub(super) async fn groups(
-    db: &mut Db<'_>,
-    filter: &DeadLetterFilter,
-) -> Result<Vec<DeadLetterGroup>> {
+pub(super) async fn groups(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterGroup>> {
     macro_rules! grouped {
         ($dead_letters:expr, $which:literal, $table:literal) => {
             concat!(
@@ -172,7 +166,7 @@ pub(super) async fn groups(
 }
 
 /// One dead letter with all its details.
-pub(super) async fn find(db: &mut Db<'_>, id: i64) -> Result<Option<DeadLetterRecord>> {
+pub(super) async fn find(db: &mut Db, id: i64) -> Result<Option<DeadLetterRecord>> {
     let sql = Sql {
         postgres: postgres_summaries!(
             ", headers, body, (extract(epoch from first_died_at) * 1000000)::bigint as first_died_at,
@@ -202,7 +196,7 @@ pub(super) async fn find(db: &mut Db<'_>, id: i64) -> Result<Option<DeadLetterRe
 }
 
 /// All failed attempts at an event, oldest first.
-async fn attempts(db: &mut Db<'_>, worker: &str, event_id: &str) -> Result<Vec<AttemptRecord>> {
+async fn attempts(db: &mut Db, worker: &str, event_id: &str) -> Result<Vec<AttemptRecord>> {
     let sql = Sql {
         postgres: "select attempt, version, code, error, logs, (extract(epoch from at) * 1000000)::bigint as at
          from oncely.attempt where worker = $1 and event_id = $2 order by attempt",
@@ -216,7 +210,7 @@ async fn attempts(db: &mut Db<'_>, worker: &str, event_id: &str) -> Result<Vec<A
 }
 
 /// The corrected bodies of a dead letter, oldest first.
-async fn edits(db: &mut Db<'_>, id: i64) -> Result<Vec<EditRecord>> {
+async fn edits(db: &mut Db, id: i64) -> Result<Vec<EditRecord>> {
     let sql = Sql {
         postgres: "select actor, note, body, (extract(epoch from at) * 1000000)::bigint as at
          from oncely.dead_letter_edit where dead_letter_id = $1 order by edit",
@@ -229,7 +223,7 @@ async fn edits(db: &mut Db<'_>, id: i64) -> Result<Vec<EditRecord>> {
 }
 
 /// The actions on a dead letter, oldest first.
-async fn audit(db: &mut Db<'_>, id: i64) -> Result<Vec<AuditRecord>> {
+async fn audit(db: &mut Db, id: i64) -> Result<Vec<AuditRecord>> {
     let sql = Sql {
         postgres: "select action, generation, actor, note, (extract(epoch from at) * 1000000)::bigint as at
          from oncely.dead_letter_audit where dead_letter_id = $1 order by seq",
@@ -243,7 +237,7 @@ async fn audit(db: &mut Db<'_>, id: i64) -> Result<Vec<AuditRecord>> {
 
 /// The state of an event in the inbox, and when it was settled.
 async fn inbox_state(
-    db: &mut Db<'_>,
+    db: &mut Db,
     worker: &str,
     event_id: &str,
 ) -> Result<Option<(String, Timestamp)>> {
@@ -259,7 +253,7 @@ async fn inbox_state(
 }
 
 /// The outputs of an event, without those of the platform.
-async fn outputs(db: &mut Db<'_>, worker: &str, event_id: &str) -> Result<Vec<DeadLetterOutput>> {
+async fn outputs(db: &mut Db, worker: &str, event_id: &str) -> Result<Vec<DeadLetterOutput>> {
     let sql = Sql {
         postgres: "select id, headers, subject, coalesce(outbox.stream, recorded.stream) as stream,
              coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence

@@ -245,7 +245,7 @@ pub struct DeadLetterDepth {
 
 /// The groups of all matching dead letters, largest group first.
 pub async fn grouped_dead_letters(
-    store: &dyn Store,
+    store: &Store,
     filter: &DeadLetterFilter,
 ) -> Result<Vec<DeadLetterGroup>> {
     let mut groups: Vec<DeadLetterGroup> = Vec::new();
@@ -286,7 +286,7 @@ impl DeadLetterGroup {
 
 /// All matching dead letters up to the filter's limit, newest first.
 pub async fn all_dead_letters(
-    store: &dyn Store,
+    store: &Store,
     filter: &DeadLetterFilter,
 ) -> Result<Vec<DeadLetterSummary>> {
     let wanted = usize::try_from(filter.limit).unwrap_or(usize::MAX);
@@ -394,7 +394,6 @@ pub(super) struct LockedDeadLetter {
     pub id: i64,
     pub worker: String,
     pub event_id: String,
-    pub payload_sha256: Vec<u8>,
     pub reason: String,
     pub state: DeadLetterState,
     pub generation: u32,

@@ -2,9 +2,15 @@
 
 use std::collections::HashMap;
 
+use anyhow::Context as _;
 use sha2::{Digest, Sha256};
 
+use super::Result;
+use super::db::{Db, Param, Sql, read_row, read_rows};
+use super::rows::Columns as _;
+use crate::fault;
 use crate::model::hint::WithHint;
+use crate::model::output_ids::OutputIds;
 
 /// One migration. Migrations run in the order of their list, each once.
 #[derive(Debug)]
@@ -17,14 +23,12 @@ pub(super) struct Migration {
 /// The files of a folder under `migrations/`, in order.
 macro_rules! migrations {
     ($folder:literal: $($file:literal),+ $(,)?) => {
-        &[$($crate::store::migrations::Migration::new(
+        &[$(Migration::new(
             $file,
-            include_str!(concat!("../../../../migrations/", $folder, "/", $file, ".sql")),
+            include_str!(concat!("../../../migrations/", $folder, "/", $file, ".sql")),
         )),+]
     };
 }
-pub(super) use migrations;
-
 impl Migration {
     pub const fn new(file: &'static str, sql: &'static str) -> Self {
         Self { file, sql }
@@ -47,6 +51,107 @@ impl Migration {
     pub fn checksum(&self) -> Vec<u8> {
         Sha256::digest(self.sql.as_bytes()).to_vec()
     }
+}
+
+/// The files of `migrations/postgres`, in order.
+pub(super) const POSTGRES: &[Migration] = migrations![
+    "postgres":
+    "0001_baseline",
+];
+
+/// The files of `migrations/sqlite`, in order.
+pub(super) const SQLITE: &[Migration] = migrations![
+    "sqlite":
+    "0001_baseline",
+];
+
+/// Runs the migrations that have not run, in one transaction. Hosts that start together wait for
+/// each other on a lock of the transaction: a session lock would outlive it behind a pooler.
+pub(super) async fn run(mut db: Db) -> anyhow::Result<()> {
+    let (migrations, table) = match db {
+        Db::Postgres(_) => (POSTGRES, POSTGRES_TABLE),
+        Db::Sqlite(_) | Db::SqliteReaders(_) => (SQLITE, SQLITE_TABLE),
+    };
+    db.run_script(table, "create the table of migrations")
+        .await?;
+    let applied = applied(&mut db).await?;
+    for migration in due(migrations, &applied)? {
+        apply(&mut db, migration)
+            .await
+            .with_context(|| format!("run the migration {}", migration.version()))?;
+    }
+    fault::point(fault::MIGRATING);
+    db.commit().await.context("commit the migrations")
+}
+
+const POSTGRES_TABLE: &str = "select pg_advisory_xact_lock(hashtextextended('oncely migrates', 0));
+     create schema if not exists oncely;
+     create table if not exists oncely.migration (
+         version    bigint      constraint migration_pk primary key,
+         name       text        not null,
+         checksum   bytea       not null,
+         applied_at timestamptz not null default now()
+     )";
+
+const SQLITE_TABLE: &str = "create table if not exists oncely_migration (
+         version    integer constraint migration_pk primary key,
+         name       text    not null,
+         checksum   blob    not null,
+         applied_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer))
+     ) strict";
+
+/// The checksums of the migrations that ran, by version.
+async fn applied(db: &mut Db) -> Result<HashMap<i64, Vec<u8>>> {
+    let sql = Sql {
+        postgres: "select version, checksum from oncely.migration",
+        sqlite: "select version, checksum from oncely_migration",
+        doing: "read the applied migrations",
+    };
+    let rows = db.fetch_all(sql, &[]).await?;
+    let applied = read_rows(&rows, sql.doing, |row| {
+        Ok((row.get("version")?, row.bytes("checksum")?))
+    })?;
+    Ok(applied.into_iter().collect())
+}
+
+async fn apply(db: &mut Db, migration: &Migration) -> Result<()> {
+    db.run_script(migration.sql, "run its statements").await?;
+    let sql = Sql {
+        postgres: "insert into oncely.migration (version, name, checksum) values ($1, $2, $3)",
+        sqlite: "insert into oncely_migration (version, name, checksum) values ($1, $2, $3)",
+        doing: "record it",
+    };
+    let checksum = migration.checksum();
+    let params = [
+        Param::Int(migration.version()),
+        Param::Text(migration.name()),
+        Param::Bytes(&checksum),
+    ];
+    db.execute(sql, &params).await.map(drop)
+}
+
+/// The generator of this installation's output ids.
+pub(super) async fn output_ids(mut db: Db) -> Result<OutputIds> {
+    let sql = Sql {
+        postgres: "select key from oncely.output_key",
+        sqlite: "select key from oncely_output_key",
+        doing: "read the key of the output ids",
+    };
+    let row = db.fetch_one(sql, &[]).await?;
+    db.commit().await?;
+    read_row(&row, sql.doing, |row| row.bytes("key")).map(|key| OutputIds::new(&key))
+}
+
+/// The id of this installation.
+pub(super) async fn installation(mut db: Db) -> Result<String> {
+    let sql = Sql {
+        postgres: "select id from oncely.installation",
+        sqlite: "select id from oncely_installation",
+        doing: "read the installation's id",
+    };
+    let row = db.fetch_one(sql, &[]).await?;
+    db.commit().await?;
+    read_row(&row, sql.doing, |row| row.text("id"))
 }
 
 /// The migrations that have not run. `applied` contains the checksums by version.
@@ -104,10 +209,7 @@ mod tests {
 
     #[test]
     fn every_file_of_migrations_is_listed_in_order() {
-        for (folder, listed) in [
-            ("postgres", crate::store::postgres::migrate::MIGRATIONS),
-            ("sqlite", crate::store::sqlite::migrate::MIGRATIONS),
-        ] {
+        for (folder, listed) in [("postgres", POSTGRES), ("sqlite", SQLITE)] {
             let path = format!("{}/../migrations/{folder}", env!("CARGO_MANIFEST_DIR"));
             let mut files: Vec<String> = std::fs::read_dir(path)
                 .unwrap()
@@ -124,10 +226,7 @@ mod tests {
 
     #[test]
     fn versions_are_numbers_that_grow() {
-        for listed in [
-            crate::store::postgres::migrate::MIGRATIONS,
-            crate::store::sqlite::migrate::MIGRATIONS,
-        ] {
+        for listed in [POSTGRES, SQLITE] {
             let versions: Vec<i64> = listed.iter().map(Migration::version).collect();
             assert!(
                 versions.is_sorted_by(|a, b| a < b) && versions.iter().all(|version| *version > 0),

@@ -1,9 +1,65 @@
 //! Outputs as operators see them: lists, retries and drops of parked ones, and the publishing lag.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use super::db::{Db, Param, Sql};
-use super::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, rows, shared};
+use super::db::{Db, Param, Session, Sql};
+use super::{
+    OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, Result,
+    Unpublished, postgres, rows, shared, sqlite,
+};
+
+/// Appends messages of the platform to the outbox, each with its worker. Those that are due at once
+/// are leased to this host for [`shared::NOTICE_LEASE`] and returned.
+pub(super) async fn append(db: &mut Db, outputs: &[(String, Output)]) -> Result<Vec<OutboxRow>> {
+    let outputs: Vec<(&str, &Output)> = outputs
+        .iter()
+        .map(|(worker, output)| (worker.as_str(), output))
+        .collect();
+    match db.session()? {
+        Session::Postgres(session) => {
+            postgres::outbox::append(session, &outputs, shared::NOTICE_LEASE).await
+        }
+        Session::Sqlite(session) => {
+            sqlite::outbox::append(session, &outputs, shared::NOTICE_LEASE).await
+        }
+    }
+}
+
+/// Leases outputs that are due; see [`super::Store::lease_outputs`].
+pub(super) async fn lease(db: &mut Db, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
+    let (leased, not_leased) = match db.session()? {
+        Session::Postgres(session) => {
+            postgres::outbox::unblock(session).await?;
+            postgres::outbox::lease(session, limit, lease).await?
+        }
+        Session::Sqlite(session) => {
+            sqlite::outbox::unblock(session).await?;
+            sqlite::outbox::lease(session, limit, lease).await?
+        }
+    };
+    release(db, &not_leased).await?;
+    Ok(leased)
+}
+
+/// Records that exactly these outputs are on their streams.
+pub(super) async fn mark_published(db: &mut Db, published: &[Published]) -> Result<()> {
+    match db.session()? {
+        Session::Postgres(session) => postgres::outbox::mark_published(session, published).await,
+        Session::Sqlite(session) => sqlite::outbox::mark_published(session, published).await,
+    }
+}
+
+/// Releases leased outputs; see [`super::Store::release_outputs`].
+pub(super) async fn release(db: &mut Db, rows: &[(i64, Unpublished)]) -> Result<()> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    match db.session()? {
+        Session::Postgres(session) => postgres::outbox::release(session, rows).await,
+        Session::Sqlite(session) => sqlite::outbox::release(session, rows).await,
+    }
+}
 
 /// The columns of a summary, from the outbox and the dropped outputs. Times are in microseconds.
 macro_rules! postgres_summaries {
@@ -73,7 +129,7 @@ macro_rules! sqlite_summaries {
 }
 
 /// Parked or all unpublished outputs, oldest first; or dropped ones, newest first.
-pub(super) async fn list(db: &mut Db<'_>, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
+pub(super) async fn list(db: &mut Db, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
     let (postgres, sqlite) = match (filter.dropped, filter.unpublished) {
         (true, _) => (
             postgres_summaries!("where dropped_at is not null and ($1::text is null or worker = $1) order by dropped_at desc, seq limit $2"),
@@ -104,7 +160,7 @@ pub(super) async fn list(db: &mut Db<'_>, filter: &OutputFilter) -> Result<Vec<O
 }
 
 /// One output by its number.
-pub(super) async fn find(db: &mut Db<'_>, number: i64) -> Result<Option<OutputRecord>> {
+pub(super) async fn find(db: &mut Db, number: i64) -> Result<Option<OutputRecord>> {
     let sql = Sql {
         postgres: postgres_summaries!("where seq = $1"),
         sqlite: sqlite_summaries!("where seq = $1"),
@@ -115,7 +171,7 @@ pub(super) async fn find(db: &mut Db<'_>, number: i64) -> Result<Option<OutputRe
 }
 
 /// Makes parked outputs due. Returns their number.
-pub(super) async fn retry(db: &mut Db<'_>, numbers: &[i64]) -> Result<u64> {
+pub(super) async fn retry(db: &mut Db, numbers: &[i64]) -> Result<u64> {
     let sql = Sql {
         postgres: "update oncely.outbox set parked_at = null, leased_until = pg_catalog.now()
          where seq = any($1::bigint[]) and parked_at is not null",
@@ -128,7 +184,7 @@ pub(super) async fn retry(db: &mut Db<'_>, numbers: &[i64]) -> Result<u64> {
 }
 
 /// Moves parked outputs to the dropped ones. Returns their number.
-pub(super) async fn drop(db: &mut Db<'_>, numbers: &[i64], note: &str) -> Result<u64> {
+pub(super) async fn drop(db: &mut Db, numbers: &[i64], note: &str) -> Result<u64> {
     let sql = Sql {
         postgres: "with gone as (
              delete from oncely.outbox where seq = any($1::bigint[]) and parked_at is not null
@@ -163,7 +219,7 @@ pub(super) async fn drop(db: &mut Db<'_>, numbers: &[i64], note: &str) -> Result
 }
 
 /// The publishing lag, by worker.
-pub(super) async fn lag(db: &mut Db<'_>) -> Result<Vec<OutboxLag>> {
+pub(super) async fn lag(db: &mut Db) -> Result<Vec<OutboxLag>> {
     let sql = Sql {
         postgres: "with unpublished as (
              select outbox.worker, outbox.due_at, outbox.parked_at is not null as is_parked,
@@ -197,7 +253,7 @@ pub(super) async fn lag(db: &mut Db<'_>) -> Result<Vec<OutboxLag>> {
 }
 
 /// How many outputs changed their id because it was taken, by worker.
-pub(super) async fn taken_ids(db: &mut Db<'_>) -> Result<BTreeMap<String, u64>> {
+pub(super) async fn taken_ids(db: &mut Db) -> Result<BTreeMap<String, u64>> {
     let sql = Sql {
         postgres: "select worker, pg_catalog.count(*) as taken from oncely.outbox where ids_taken > 0 group by worker",
         sqlite: "select worker, count(*) as taken from oncely_outbox where ids_taken > 0 group by worker",

@@ -7,7 +7,7 @@ use super::rows::Columns as _;
 use super::{Result, StoreError, StoredReport};
 
 /// Replaces the report of a host. SQLite has one host, which needs no instance.
-pub(super) async fn write(db: &mut Db<'_>, instance: Option<i64>, report: &str) -> Result<()> {
+pub(super) async fn write(db: &mut Db, instance: Option<i64>, report: &str) -> Result<()> {
     let sql = Sql {
         postgres: "insert into oncely.host_report (instance, report) values ($2, $1)
          on conflict (instance) do update set report = excluded.report, written_at = pg_catalog.now(),
@@ -23,7 +23,7 @@ pub(super) async fn write(db: &mut Db<'_>, instance: Option<i64>, report: &str) 
 }
 
 /// The reports of all live hosts.
-pub(super) async fn read(db: &mut Db<'_>) -> Result<Vec<StoredReport>> {
+pub(super) async fn read(db: &mut Db) -> Result<Vec<StoredReport>> {
     let sql = Sql {
         postgres: "select pg_catalog.lpad(pg_catalog.to_hex(id), 16, '0') as instance, coalesce(number, 0) as number, report
          from oncely.host_instance left join oncely.host_report on instance = id

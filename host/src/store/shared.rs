@@ -203,15 +203,6 @@ pub(super) fn new_failure(worker: &str, group: &FailureGroup) -> alarm::AlarmUpd
     }
 }
 
-/// Groups with a last-seen time older than [`LAST_SEEN_PRECISION`].
-pub(super) fn stale(known: &[(String, i64)]) -> Vec<&str> {
-    known
-        .iter()
-        .filter(|(_, away_ms)| is_longer(*away_ms, LAST_SEEN_PRECISION))
-        .map(|(id, _)| id.as_str())
-        .collect()
-}
-
 pub(super) fn is_longer(ms: i64, than: Duration) -> bool {
     u128::from(unsigned(ms)) > than.as_millis()
 }
@@ -269,6 +260,13 @@ impl<'a> NewDeadLetter<'a> {
     /// Worker and event id.
     pub fn key(&self) -> (&'a str, &'a str) {
         (&self.dead_letter.worker, &self.dead_letter.message.event_id)
+    }
+
+    /// Worker, event id and payload digest.
+    pub fn full_key(&self) -> (String, String, Vec<u8>) {
+        let (worker, event_id) = self.key();
+        let payload = self.payload_sha256.to_vec();
+        (worker.to_owned(), event_id.to_owned(), payload)
     }
 
     pub fn origin(&self) -> Option<(&'a str, u64)> {

@@ -4,7 +4,7 @@ use super::db::{Db, Sql};
 use super::{Result, WorkerTotals, rows};
 
 /// Messages, dead letters and outputs of each worker, by name.
-pub(super) async fn by_worker(db: &mut Db<'_>) -> Result<Vec<WorkerTotals>> {
+pub(super) async fn by_worker(db: &mut Db) -> Result<Vec<WorkerTotals>> {
     let sql = Sql {
         postgres: "with inbox as (
              select worker, pg_catalog.count(*) as done from oncely.inbox where state = 'done' group by worker

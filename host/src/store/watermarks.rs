@@ -91,7 +91,7 @@ pub struct RecoveredOutput {
 }
 
 /// The watermarks of the database, and the time of the one that is named `on_broker`.
-pub(super) async fn read(db: &mut Db<'_>, on_broker: Option<&str>) -> Result<Watermarks> {
+pub(super) async fn read(db: &mut Db, on_broker: Option<&str>) -> Result<Watermarks> {
     // One statement reads one state of the database.
     let sql = Sql {
         postgres: "select last.name, last.broker_state, acknowledged.stream_sequence,
@@ -142,7 +142,7 @@ fn decode(row: &Row) -> anyhow::Result<Watermarks> {
 }
 
 /// Writes a watermark, and deletes expired ones.
-pub(super) async fn write(db: &mut Db<'_>, name: &str, seen: &BrokerState) -> Result<()> {
+pub(super) async fn write(db: &mut Db, name: &str, seen: &BrokerState) -> Result<()> {
     let insert = Sql {
         postgres: "insert into oncely.watermark (name, broker_state) values ($1, $2)",
         sqlite: "insert into oncely_watermark (name, broker_state) values ($1, $2)",
@@ -180,7 +180,7 @@ pub(super) async fn write(db: &mut Db<'_>, name: &str, seen: &BrokerState) -> Re
 }
 
 /// Records the sequence under which the broker holds a watermark.
-pub(super) async fn acknowledge(db: &mut Db<'_>, name: &str, sequence: u64) -> Result<()> {
+pub(super) async fn acknowledge(db: &mut Db, name: &str, sequence: u64) -> Result<()> {
     let sql = Sql {
         postgres: "update oncely.watermark set stream_sequence = $2 where name = $1",
         sqlite: "update oncely_watermark set stream_sequence = $2 where name = $1",
@@ -191,7 +191,7 @@ pub(super) async fn acknowledge(db: &mut Db<'_>, name: &str, sequence: u64) -> R
 }
 
 /// Records where outputs were found: the first place of each id, in place of an earlier recovery's.
-pub(super) async fn save_recovered(db: &mut Db<'_>, outputs: &[RecoveredOutput]) -> Result<()> {
+pub(super) async fn save_recovered(db: &mut Db, outputs: &[RecoveredOutput]) -> Result<()> {
     let sql = Sql {
         postgres: "insert into oncely.recovered_output (id, stream, stream_sequence)
          select distinct on (value ->> 'id') value ->> 'id', value ->> 'stream', (value ->> 'sequence')::bigint
@@ -218,7 +218,7 @@ pub(super) async fn save_recovered(db: &mut Db<'_>, outputs: &[RecoveredOutput])
 }
 
 /// Deletes the recovered places of these ids.
-pub(super) async fn delete_recovered(db: &mut Db<'_>, ids: &[&str]) -> Result<()> {
+pub(super) async fn delete_recovered(db: &mut Db, ids: &[&str]) -> Result<()> {
     let sql = Sql {
         postgres: "delete from oncely.recovered_output where id = any($1)",
         sqlite: "delete from oncely_recovered_output where id in (select value from json_each($1))",
@@ -229,7 +229,7 @@ pub(super) async fn delete_recovered(db: &mut Db<'_>, ids: &[&str]) -> Result<()
 
 /// The stream and sequence at which a recovery found these ids.
 pub(super) async fn find_recovered(
-    db: &mut Db<'_>,
+    db: &mut Db,
     ids: &[&str],
 ) -> Result<HashMap<String, (String, u64)>> {
     let sql = Sql {
@@ -245,24 +245,6 @@ pub(super) async fn find_recovered(
     };
     let places: sqlx::Result<_> = rows.iter().map(place).collect();
     places.map_err(|error| StoreError::Unavailable(error.into()))
-}
-
-/// The events among these that are in the worker's inbox.
-pub(super) async fn known_events(
-    db: &mut Db<'_>,
-    worker: &str,
-    event_ids: &[&str],
-) -> Result<Vec<String>> {
-    let sql = Sql {
-        postgres: "select event_id from oncely.inbox where worker = $1 and event_id = any($2)",
-        sqlite: "select event_id from oncely_inbox
-         where worker = $1 and event_id in (select value from json_each($2))",
-        doing: "find events in the inbox",
-    };
-    let params = [Param::Text(worker), Param::Texts(event_ids)];
-    let rows = db.fetch_all(sql, &params).await?;
-    let event_ids: sqlx::Result<_> = rows.iter().map(|row| row.text("event_id")).collect();
-    event_ids.map_err(|error| StoreError::Unavailable(error.into()))
 }
 
 fn broker_state_to_text(seen: &BrokerState) -> Result<String> {

@@ -45,7 +45,7 @@ fn died_of(event_id: &str, detail: &str) -> (DeadLetter, Output) {
     )
 }
 
-async fn only_alarm(store: &Arc<dyn Store>) -> Alarm {
+async fn only_alarm(store: &Arc<Store>) -> Alarm {
     let mut alarms = store.alarms().await.unwrap();
     assert_eq!(alarms.len(), 1);
     alarms.remove(0)
@@ -314,7 +314,7 @@ async fn new_failures_beyond_the_limit_raise_no_alarm(world: World) {
         ..DeadLetterFilter::default()
     };
     assert_eq!(
-        grouped_dead_letters(&*world.store, &filter)
+        grouped_dead_letters(&world.store, &filter)
             .await
             .unwrap()
             .len(),
@@ -427,7 +427,7 @@ async fn dead_letters_are_grouped_and_filtered_by_group(world: World) {
     };
 
     // Groups, and a filter by group
-    let groups = grouped_dead_letters(&*world.store, &filter).await.unwrap();
+    let groups = grouped_dead_letters(&world.store, &filter).await.unwrap();
     let counts: Vec<(u64, &str)> = groups
         .iter()
         .map(|found| {
@@ -469,7 +469,7 @@ async fn dead_letters_are_grouped_and_filtered_by_group(world: World) {
         payload_sha256: again.0.message.payload_sha256(),
     });
     world.store.dead_letter(&[again], 20).await.unwrap();
-    let groups = grouped_dead_letters(&*world.store, &filter).await.unwrap();
+    let groups = grouped_dead_letters(&world.store, &filter).await.unwrap();
     assert_eq!(
         groups
             .iter()
@@ -482,7 +482,7 @@ async fn dead_letters_are_grouped_and_filtered_by_group(world: World) {
     world
         .execute_directly("update oncely.dead_letter set group_id = null where event_id = 'e2'")
         .await;
-    let groups = grouped_dead_letters(&*world.store, &filter).await.unwrap();
+    let groups = grouped_dead_letters(&world.store, &filter).await.unwrap();
     assert_eq!(
         groups
             .iter()
@@ -496,7 +496,7 @@ async fn dead_letters_are_grouped_and_filtered_by_group(world: World) {
         ..filter
     };
     assert!(
-        grouped_dead_letters(&*world.store, &elsewhere)
+        grouped_dead_letters(&world.store, &elsewhere)
             .await
             .unwrap()
             .is_empty()

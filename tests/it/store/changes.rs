@@ -45,7 +45,7 @@ async fn watched(world: &World, statements: &[&str]) -> Changes {
     changes(tx).await
 }
 
-async fn changes(mut tx: Box<dyn Tx>) -> Changes {
+async fn changes(mut tx: Tx) -> Changes {
     let changes = tx.changes(100).await.unwrap();
     tx.rollback().await;
     changes

@@ -238,7 +238,7 @@ async fn hosts_that_start_concurrently_migrate_the_schema_once() {
         let starting: Vec<_> = (0..5)
             .map(|_| {
                 let url = url.clone();
-                tokio::spawn(async move { PostgresStore::connect(&url, 2).await })
+                tokio::spawn(async move { PostgresStore::connect(&url, 2).await.map(Store::from) })
             })
             .collect();
         for store in starting {
@@ -267,10 +267,10 @@ async fn a_database_from_before_the_baseline_is_refused() {
 async fn a_sqlite_file_is_reopened_with_its_data() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("oncely.db");
-    let store = SqliteStore::open(&path).await.unwrap();
+    let store = SqliteStore::open(&path).await.map(Store::from).unwrap();
     store.put_component(&digest('a'), b"a").await.unwrap();
     store.close().await;
-    let store = SqliteStore::open(&path).await.unwrap();
+    let store = SqliteStore::open(&path).await.map(Store::from).unwrap();
     assert_eq!(
         store.component(&digest('a')).await.unwrap().as_deref(),
         Some(&b"a"[..])

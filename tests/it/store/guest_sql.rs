@@ -453,7 +453,7 @@ async fn a_table_changed_under_a_prepared_statement_conflicts_once() {
         .await
         .unwrap();
     let world = World {
-        store: std::sync::Arc::new(store),
+        store: std::sync::Arc::new(store.into()),
         ..world
     };
     world

@@ -14,6 +14,7 @@ async fn a_stopped_postgres_is_unavailable_and_work_resumes_by_itself() {
     let mut cluster = Cluster::start().unwrap();
     let store = PostgresStore::connect(&cluster.url("postgres"), 4)
         .await
+        .map(Store::from)
         .unwrap();
     let mut settled = store.begin(WORKER, TIME).await.unwrap();
     claim(&mut settled, "settled", 1).await;
@@ -98,7 +99,7 @@ async fn a_terminated_connection_costs_only_its_transaction() {
 async fn a_sqlite_write_by_another_process_is_a_conflict() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("oncely.db");
-    let store = SqliteStore::open(&path).await.unwrap();
+    let store = SqliteStore::open(&path).await.map(Store::from).unwrap();
     let mut other = SqliteConnectOptions::new()
         .filename(&path)
         .connect()

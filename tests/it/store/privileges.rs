@@ -449,12 +449,8 @@ async fn a_guest_that_deallocates_statements_costs_one_connection() {
     let url = world.store_url.clone().unwrap();
 
     // A single connection for guests, so that it is reused.
-    world.store = Arc::new(
-        PostgresStore::connect(&url, 2)
-            .await
-            .unwrap()
-            .without_filter(),
-    );
+    let store = PostgresStore::connect(&url, 2).await.unwrap();
+    world.store = Arc::new(store.without_filter().into());
     let mut tx = world.begin().await;
     claim(&mut tx, "e1", 1).await;
     execute(&mut tx, "deallocate all", &[]).await;
@@ -576,7 +572,7 @@ pub async fn database_with_role(attributes: &str) -> (String, String) {
 pub fn world_on(store: PostgresStore, url: String, direct: String) -> World {
     let folder = tempfile::tempdir().unwrap();
     World {
-        store: Arc::new(store),
+        store: Arc::new(store.into()),
         store_url: Some(url),
         url: Some(direct),
         folder,
@@ -758,7 +754,7 @@ async fn restricted_mode_works_without_a_superuser() {
         .await;
     let store = PostgresStore::connect(&url, 4).await.unwrap();
     let world = World {
-        store: Arc::new(store),
+        store: Arc::new(store.into()),
         ..world
     };
     world

@@ -251,11 +251,7 @@ async fn events_settled_in_an_earlier_partition_stay_settled(world: World) {
             Claimed::OtherPayload
         ));
         assert_eq!(
-            world
-                .store
-                .done_events(WORKER, &["e1".to_owned()])
-                .await
-                .unwrap(),
+            world.store.done_events(WORKER, &["e1"]).await.unwrap(),
             ["e1"]
         );
         // Dead-lettering a done or dead event changes nothing.

@@ -14,14 +14,13 @@ on_every_database!(
 );
 
 /// Another host on the same database.
-async fn another(world: &World) -> Box<dyn Store> {
+async fn another(world: &World) -> Store {
     match &world.store_url {
-        Some(url) => Box::new(PostgresStore::connect(url, 4).await.unwrap()),
-        None => Box::new(
-            SqliteStore::open(&world.folder.path().join("oncely.db"))
-                .await
-                .unwrap(),
-        ),
+        Some(url) => PostgresStore::connect(url, 4).await.unwrap().into(),
+        None => {
+            let file = world.folder.path().join("oncely.db");
+            SqliteStore::open(&file).await.unwrap().into()
+        }
     }
 }
 
@@ -39,7 +38,7 @@ async fn append(world: &World) -> Vec<OutboxRow> {
 }
 
 /// Renews the lease of a host until it takes over from another one.
-async fn take_over(store: &dyn Store) -> TakenOver {
+async fn take_over(store: &Store) -> TakenOver {
     loop {
         let taken_over = store.renew_lease().await.unwrap();
         if let Some(taken_over) = taken_over
@@ -61,7 +60,7 @@ async fn leases_of_a_dead_host_are_released(world: World) {
         assert!(other.renew_lease().await.unwrap().is_empty());
         assert!(other.lease_outputs(100, LEASE).await.unwrap().is_empty());
     }
-    assert_eq!(take_over(other.as_ref()).await.outputs, Some(2));
+    assert_eq!(take_over(&other).await.outputs, Some(2));
     let took = gone_at.elapsed();
     assert!(took < HOST_LEASE + Duration::from_secs(4), "{took:?}");
     assert_eq!(other.lease_outputs(100, LEASE).await.unwrap(), rows);
@@ -125,7 +124,7 @@ async fn transactions_of_a_dead_host_are_ended() {
             .await
             .expect("load state in the transaction of a live host");
 
-        let taken_over = take_over(other.as_ref());
+        let taken_over = take_over(&other);
         let mut tx = other
             .begin(super::WORKER, Duration::from_secs(30))
             .await

@@ -197,7 +197,7 @@ impl RelayModeController {
 
 /// Reads the WAL when no other host does.
 pub struct WalRelay {
-    store: Arc<dyn Store>,
+    store: Arc<Store>,
     wal: Arc<dyn OutputWal>,
     bus: Bus,
     metrics: Arc<Metrics>,
@@ -207,7 +207,7 @@ pub struct WalRelay {
 
 impl WalRelay {
     pub fn new(
-        store: Arc<dyn Store>,
+        store: Arc<Store>,
         wal: Arc<dyn OutputWal>,
         bus: Bus,
         metrics: Arc<Metrics>,
@@ -306,7 +306,7 @@ impl WalRelay {
                 .filter(|(_, blocked_by)| blocked_by.is_none())
                 .map(|(row, _)| row.clone());
             let (free, already_published) =
-                recovered::split(&*store, &state, free.collect()).await?;
+                recovered::split(&store, &state, free.collect()).await?;
             let mut outputs = OutputBatch {
                 rows: free,
                 since,

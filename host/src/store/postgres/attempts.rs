@@ -1,18 +1,18 @@
 //! Failed attempts, recorded outside the transaction that they failed in.
 
-use bytes::Bytes;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors::{self, Doing};
+use super::errors;
 use super::session::Session;
+use crate::store::error::{Doing as _, cause};
 use crate::store::{CountedAttempt, FailedAttempt, Result, StoreError, shared};
 
 /// Adds attempts and their recordings. Returns the number of each attempt at its event.
 ///
 /// # Errors
 /// `Conflict` if two hosts count the same event at the same moment.
-pub(super) async fn count(
+pub(in crate::store) async fn count(
     session: &mut Session,
     worker: &str,
     failed: &[FailedAttempt],
@@ -89,9 +89,7 @@ pub(super) async fn count(
         .fetch_all(session.connection())
         .await
         .map_err(|error| match errors::is_unique_violation(&error) {
-            true => {
-                StoreError::Conflict(anyhow::Error::new(error).context("count failed attempts"))
-            }
+            true => StoreError::Conflict(cause(error).context("count failed attempts")),
             false => errors::from_statement(error, "count failed attempts"),
         })?;
     let counted = |row: &PgRow| {
@@ -102,99 +100,4 @@ pub(super) async fn count(
     };
     let counts: sqlx::Result<Vec<CountedAttempt>> = rows.iter().map(counted).collect();
     counts.doing("read the count of attempts")
-}
-
-/// Deletes the recordings of attempts at these events.
-pub(super) async fn delete_recordings(
-    session: &mut Session,
-    worker: &str,
-    event_ids: &[String],
-) -> Result<()> {
-    let query =
-        session.query("delete from oncely.recording where worker = $1 and event_id = any($2)");
-    query
-        .bind(worker)
-        .bind(event_ids)
-        .execute(session.connection())
-        .await
-        .doing("delete the recordings of attempts")?;
-    Ok(())
-}
-
-/// Deletes the recordings of the events of these dead letters.
-pub(super) async fn delete_recordings_of_dead_letters(
-    session: &mut Session,
-    dead_letters: &[i64],
-) -> Result<()> {
-    let query = session.query(
-        "delete from oncely.recording using oncely.dead_letter
-         where dead_letter.id = any($1) and dead_letter.reason <> 'id-reuse'
-             and recording.worker = dead_letter.worker and recording.event_id = dead_letter.event_id",
-    );
-    query
-        .bind(dead_letters)
-        .execute(session.connection())
-        .await
-        .doing("delete the recordings of attempts")?;
-    Ok(())
-}
-
-/// The recording of an event's last failed attempt.
-pub(super) async fn recording(
-    session: &mut Session,
-    worker: &str,
-    event_id: &str,
-) -> Result<Option<Bytes>> {
-    let query =
-        session.query("select recording from oncely.recording where worker = $1 and event_id = $2");
-    let row = query
-        .bind(worker)
-        .bind(event_id)
-        .fetch_optional(session.connection())
-        .await
-        .doing("read the recording of an attempt")?;
-    let recording: Option<Vec<u8>> = row
-        .map(|row| row.try_get(0))
-        .transpose()
-        .doing("read the recording of an attempt")?;
-    Ok(recording.map(Bytes::from))
-}
-
-/// Writes a crash marker before a message is handled alone. Returns how many markers were written
-/// before and not cleared.
-pub(super) async fn write_crash_marker(
-    session: &mut Session,
-    worker: &str,
-    event_id: &str,
-) -> Result<u32> {
-    let query = session.query(
-        "insert into oncely.crash_marker (worker, event_id, starts) values ($1, $2, 1)
-         on conflict (worker, event_id) do update set starts = crash_marker.starts + 1
-         returning starts - 1",
-    );
-    let row = query
-        .bind(worker)
-        .bind(event_id)
-        .fetch_one(session.connection())
-        .await
-        .doing("write a crash marker")?;
-    let before: i32 = row.try_get(0).doing("read a crash marker")?;
-    Ok(before.cast_unsigned())
-}
-
-/// Clears the crash marker.
-pub(super) async fn clear_crash_marker(
-    session: &mut Session,
-    worker: &str,
-    event_id: &str,
-) -> Result<()> {
-    let query =
-        session.query("delete from oncely.crash_marker where worker = $1 and event_id = $2");
-    query
-        .bind(worker)
-        .bind(event_id)
-        .execute(session.connection())
-        .await
-        .doing("clear a crash marker")?;
-    Ok(())
 }

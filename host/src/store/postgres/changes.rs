@@ -8,16 +8,17 @@ use serde_json::Value as Json;
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::{Arguments, Row};
 
-use super::errors::{self, Doing};
+use super::errors;
 use super::session::{Purpose, Session, Sessions};
 use crate::store::changes::pair;
+use crate::store::error::Doing as _;
 use crate::store::{Changes, Result, StoreError};
 
 /// Counts of inserted, updated and deleted rows, by table.
-pub(super) type CountsByTable = HashMap<String, TableCounts>;
+pub(in crate::store) type CountsByTable = HashMap<String, TableCounts>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct TableCounts {
+pub(in crate::store) struct TableCounts {
     /// The table's object id, for finding its primary key.
     table: i64,
     written: [i64; 3],
@@ -29,7 +30,7 @@ const ROW: &str = "(select pg_catalog.jsonb_object_agg(key, value)
 
 /// The rows written by this session. Counts may include earlier transactions that the server has
 /// not flushed to its statistics yet.
-pub(super) async fn counts(session: &mut Session) -> Result<CountsByTable> {
+pub(in crate::store) async fn counts(session: &mut Session) -> Result<CountsByTable> {
     let query = session.query(
         "select relid::bigint, relname::text, n_tup_ins, n_tup_upd, n_tup_del
          from pg_catalog.pg_stat_xact_user_tables
@@ -56,7 +57,7 @@ pub(super) async fn counts(session: &mut Session) -> Result<CountsByTable> {
 /// The changes since `before`, at most `limit` rows of each table. `others` begins the transaction
 /// that sees the old rows. If comparing a table exceeds the statement timeout, only its counts are
 /// returned, and the session is unusable afterwards.
-pub(super) async fn changes(
+pub(in crate::store) async fn changes(
     session: &mut Session,
     others: &Sessions,
     before: &CountsByTable,

@@ -1,58 +1,15 @@
-//! Writing of dead letters: the original headers and bodies of messages that could not be handled.
+//! The statements of [`crate::store::dead_lettering`], each for all dead letters.
 
-use super::errors::Doing;
+use crate::store::error::Doing as _;
 use std::collections::{HashMap, HashSet};
 
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::session::Session;
-use super::{alarms, outbox};
-use crate::model::verdict::DeadLetter;
+use crate::store::Result;
+use crate::store::dead_lettering::Key;
 use crate::store::shared::{self, InboxRecord, NewDeadLetter};
-use crate::store::{AlarmNotices, OutboxRow, Output, Result};
-
-/// Writes dead letters, their inbox records and their notices, and raises alarms for new failures.
-/// Events that are settled already add nothing.
-pub(super) async fn dead_letter(
-    session: &mut Session,
-    dead_letters: &[(DeadLetter, Output)],
-    new_failures: u32,
-) -> Result<(Vec<OutboxRow>, AlarmNotices)> {
-    // The inbox: settle the events as dead, and lock their records.
-    let new_dead_letters = NewDeadLetter::all(dead_letters);
-    let inserted = settle(session, &new_dead_letters).await?;
-    let inbox_records = inbox_records(session, &new_dead_letters).await?;
-
-    // Failures first: they are new only while their dead letters are not written.
-    let new = shared::to_dead_letter(&new_dead_letters, &inserted, &inbox_records);
-    let alarms =
-        alarms::record_failures(session, &shared::worker_failure_groups(&new), new_failures)
-            .await?;
-    let written = insert(session, &new).await?;
-
-    // The notices, with the ids of the written dead letters.
-    let notice = |new_dead_letter: &&NewDeadLetter<'_>| {
-        let (worker, event_id) = new_dead_letter.key();
-        let key = (
-            worker.to_owned(),
-            event_id.to_owned(),
-            new_dead_letter.payload_sha256.to_vec(),
-        );
-        let (id, generation) = written.get(&key)?;
-        Some((
-            worker.to_owned(),
-            new_dead_letter.notice_for(*id, *generation),
-        ))
-    };
-    let notices: Vec<(String, Output)> = new.iter().filter_map(notice).collect();
-    let notices: Vec<(&str, &Output)> = notices
-        .iter()
-        .map(|(worker, notice)| (worker.as_str(), notice))
-        .collect();
-    let notices = outbox::append_for(session, &notices, shared::NOTICE_LEASE).await?;
-    Ok((notices, alarms::append_notices(session, alarms).await?))
-}
 
 /// The workers and the event ids, as two columns in the order of the dead letters.
 fn keys_of<'a>(new_dead_letters: &'a [NewDeadLetter<'_>]) -> (Vec<&'a str>, Vec<&'a str>) {
@@ -60,7 +17,7 @@ fn keys_of<'a>(new_dead_letters: &'a [NewDeadLetter<'_>]) -> (Vec<&'a str>, Vec<
 }
 
 /// Settles as dead the events that are not settled yet, and returns them.
-async fn settle(
+pub(in crate::store) async fn settle(
     session: &mut Session,
     new_dead_letters: &[NewDeadLetter<'_>],
 ) -> Result<HashSet<(String, String)>> {
@@ -99,7 +56,7 @@ async fn settle(
 }
 
 /// The inbox records of the events, locked against a reclaim of a redriven event.
-async fn inbox_records(
+pub(in crate::store) async fn inbox_records(
     session: &mut Session,
     new_dead_letters: &[NewDeadLetter<'_>],
 ) -> Result<HashMap<(String, String), InboxRecord>> {
@@ -126,11 +83,8 @@ async fn inbox_records(
     inbox_records.doing("read dead events")
 }
 
-/// Worker, event id and payload digest of a dead letter.
-type Key = (String, String, Vec<u8>);
-
 /// Inserts new dead letters and reopens redriven ones. Returns id and generation of both.
-async fn insert(
+pub(in crate::store) async fn insert(
     session: &mut Session,
     new: &[&NewDeadLetter<'_>],
 ) -> Result<HashMap<Key, (i64, u32)>> {

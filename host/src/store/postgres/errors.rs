@@ -6,6 +6,7 @@ use sqlx::Error;
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use crate::model::sql::{DatabaseError, SqlError};
+use crate::store::error::{cause, sqlx_error};
 use crate::store::{BrokenStatement, StoreError};
 
 /// The fence of a commit divides by zero in a transaction that the host did not begin.
@@ -42,22 +43,10 @@ const ENCODING_CHANGED: &str = "ONC03";
 /// Raised by the platform's functions: the host's key for definer functions was renewed.
 const RENEWED_KEY: &str = "ONC04";
 
-/// Adds the context of a platform statement to its error.
-pub(super) trait Doing<T> {
-    /// `context` names the action in the present tense, such as `read the outbox`.
-    fn doing(self, context: &'static str) -> Result<T, StoreError>;
-}
-
-impl<T> Doing<T> for sqlx::Result<T> {
-    fn doing(self, context: &'static str) -> Result<T, StoreError> {
-        self.map_err(|error| from_statement(error, context))
-    }
-}
-
 /// The error of a platform statement.
 pub(in crate::store) fn from_statement(error: Error, context: &'static str) -> StoreError {
     let code = code(&error).to_owned();
-    let cause = with_pooler_hint(anyhow::Error::new(error), &code).context(context);
+    let cause = with_pooler_hint(cause(error), &code).context(context);
     match code.as_str() {
         code if is_conflict(code) => StoreError::Conflict(cause),
         IN_FAILED_TRANSACTION => StoreError::Refused(cause),
@@ -71,7 +60,7 @@ pub(in crate::store) fn from_statement(error: Error, context: &'static str) -> S
 
 /// The error of a platform statement that writes a guest's values. A value that the tables refuse
 /// is the guest's fault.
-pub(super) fn from_guest_values(error: StoreError) -> StoreError {
+pub(in crate::store) fn from_guest_values(error: StoreError) -> StoreError {
     let StoreError::Unavailable(cause) = error else {
         return error;
     };
@@ -81,7 +70,7 @@ pub(super) fn from_guest_values(error: StoreError) -> StoreError {
             .iter()
             .any(|class| code(error).starts_with(class))
     };
-    match cause.downcast_ref::<Error>() {
+    match sqlx_error(&cause) {
         Some(error) if is_of_value(error) => StoreError::Refused(cause),
         _ => StoreError::Unavailable(cause),
     }
@@ -89,25 +78,21 @@ pub(super) fn from_guest_values(error: StoreError) -> StoreError {
 
 /// The error of a savepoint. A missing savepoint ended with its transaction, by a guest's
 /// statement.
-pub(super) fn from_savepoint(error: Error, context: &'static str) -> StoreError {
+pub(in crate::store) fn from_savepoint(error: Error, context: &'static str) -> StoreError {
     match code(&error) {
-        NO_SAVEPOINT | NO_TRANSACTION => {
-            StoreError::Refused(anyhow::Error::new(error).context(context))
-        }
+        NO_SAVEPOINT | NO_TRANSACTION => StoreError::Refused(cause(error).context(context)),
         _ => from_statement(error, context),
     }
 }
 
 /// The error of a commit with guests' writes. A refusal because of those writes had no effects; any
 /// other error has an unknown outcome. A deferred trigger may fail with any code.
-pub(super) fn from_guest_commit(error: Error) -> StoreError {
+pub(in crate::store) fn from_guest_commit(error: Error) -> StoreError {
     let refusal = match code(&error) {
         // A trigger may raise this code, too.
         RENEWED_KEY => {
             return StoreError::Unavailable(
-                anyhow::Error::new(error)
-                    .context("commit")
-                    .context(BrokenStatement),
+                cause(error).context("commit").context(BrokenStatement),
             );
         }
         code if TOKEN_REFUSED.contains(&code) => "a statement ended the transaction",
@@ -122,11 +107,11 @@ pub(super) fn from_guest_commit(error: Error) -> StoreError {
         code if code.starts_with("23") => "a deferred constraint is violated",
         _ => "a deferred trigger failed",
     };
-    StoreError::Refused(anyhow::Error::new(error).context(refusal))
+    StoreError::Refused(cause(error).context(refusal))
 }
 
 /// The error of a guest's statement: the outer one is the host's, the inner one is for the guest.
-pub(super) fn from_guest_statement(error: Error) -> Result<SqlError, StoreError> {
+pub(in crate::store) fn from_guest_statement(error: Error) -> Result<SqlError, StoreError> {
     let Some(database) = database_error(&error) else {
         return match error {
             Error::TypeNotFound { type_name } => Ok(SqlError::UnsupportedType(format!(
@@ -179,18 +164,16 @@ pub(super) fn from_guest_statement(error: Error) -> Result<SqlError, StoreError>
 }
 
 /// Whether the host's key for definer functions was renewed.
-pub(super) fn is_renewed_key(error: &StoreError) -> bool {
+pub(in crate::store) fn is_renewed_key(error: &StoreError) -> bool {
     let StoreError::Unavailable(cause) = error else {
         return false;
     };
-    cause
-        .downcast_ref::<Error>()
-        .is_some_and(|error| code(error) == RENEWED_KEY)
+    sqlx_error(cause).is_some_and(|error| code(error) == RENEWED_KEY)
 }
 
 /// Whether the connection failed before the statement began, so that another connection may
 /// succeed.
-pub(super) fn is_connection_loss(error: &Error) -> bool {
+pub(in crate::store) fn is_connection_loss(error: &Error) -> bool {
     match error {
         Error::Io(_) | Error::Protocol(_) => true,
         error => is_fatal(error) || code(error).starts_with("08") || code(error).starts_with("57P"),
@@ -198,27 +181,23 @@ pub(super) fn is_connection_loss(error: &Error) -> bool {
 }
 
 /// Whether the server, or a pooler in front of it, refused a login.
-pub(super) fn is_login_refused(error: &Error) -> bool {
+pub(in crate::store) fn is_login_refused(error: &Error) -> bool {
     // PgBouncer responds to an unknown user with 08P01.
     code(error).starts_with("28") || code(error) == PROTOCOL_VIOLATION
 }
 
-pub(super) fn is_insufficient_privilege(error: &Error) -> bool {
+pub(in crate::store) fn is_insufficient_privilege(error: &Error) -> bool {
     code(error) == INSUFFICIENT_PRIVILEGE
 }
 
-pub(super) fn is_unique_violation(error: &Error) -> bool {
+pub(in crate::store) fn is_unique_violation(error: &Error) -> bool {
     code(error) == "23505"
-}
-
-pub(super) fn is_foreign_key_violation(error: &Error) -> bool {
-    code(error) == "23503"
 }
 
 /// Whether the connection holds a prepared statement that no longer fits the tables. A server that
 /// omits the raising function may mean another unsupported feature. The connection is then replaced
 /// needlessly.
-pub(super) fn is_stale_plan(error: &Error) -> bool {
+pub(in crate::store) fn is_stale_plan(error: &Error) -> bool {
     database_error(error).is_some_and(|error| {
         error.code() == FEATURE_NOT_SUPPORTED
             && error

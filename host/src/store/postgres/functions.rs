@@ -9,10 +9,10 @@ use sqlx::postgres::PgRow;
 use tokio::sync::{Mutex, RwLock};
 use tokio::time::Instant;
 
-use super::errors::Doing;
 use super::session::{Purpose, Session, Sessions};
 use crate::model::sql::{Function, Functions};
 use crate::store::Result;
+use crate::store::error::Doing as _;
 
 /// How long loaded functions count as fresh.
 const REFRESH_AFTER: Duration = Duration::from_secs(30);

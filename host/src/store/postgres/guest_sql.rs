@@ -5,13 +5,17 @@ use std::time::Duration;
 
 use futures::TryStreamExt;
 use sqlx::postgres::{PgArguments, PgRow};
-use sqlx::{Arguments, Column, Either, Executor, Row};
+use sqlx::{Arguments, Either, Executor, Row};
 
-use super::errors::{self, Doing};
+use super::errors;
 use super::guest_values::{self, Parameter};
 use super::session::{Purpose, Session, Sessions};
 use crate::model::sql::{
     self, Dialect, Functions, Rows, SqlError, SqlLimits, StatementFacts, Value,
+};
+use crate::store::error::Doing as _;
+use crate::store::guest_statement::{
+    Prepared, RowCollector, StatementOutcome, changed_rows, prepare,
 };
 use crate::store::{BrokenStatement, Result, StoreError};
 
@@ -20,7 +24,7 @@ const GRACE: Duration = Duration::from_secs(1);
 
 /// The environment of guests' statements.
 #[derive(Clone)]
-pub(super) struct Guests {
+pub(in crate::store) struct Guests {
     /// The functions that the filter permits; `None` without the filter.
     pub functions: Option<Arc<Functions>>,
     /// The source of platform transactions.
@@ -29,26 +33,7 @@ pub(super) struct Guests {
     pub sessions: Sessions,
 }
 
-/// A checked statement with its parameters.
-struct Prepared {
-    text: String,
-    arguments: PgArguments,
-    facts: StatementFacts,
-}
-
-/// The outcome of a guest's statement.
-pub(super) enum StatementOutcome<T> {
-    Done(T),
-    /// It did not reach the database.
-    NotRun(SqlError),
-    /// The database refused it, and the transaction is aborted.
-    Failed(SqlError),
-    /// The connection must not be used again: the result was not read to the end, or the prepared
-    /// statement no longer fits the tables.
-    ConnectionBroken(SqlError),
-}
-
-pub(super) async fn query(
+pub(in crate::store) async fn query(
     session: &mut Session,
     guests: &Guests,
     statement: &str,
@@ -57,7 +42,7 @@ pub(super) async fn query(
 ) -> Result<StatementOutcome<Rows>> {
     let Prepared {
         text, arguments, ..
-    } = match prepare(guests, statement, params).await {
+    } = match prepare(guests, statement, params, check_and_bind).await {
         Ok(prepared) => prepared,
         Err(error) => return Ok(StatementOutcome::NotRun(error)),
     };
@@ -67,7 +52,7 @@ pub(super) async fn query(
     .await
 }
 
-pub(super) async fn execute(
+pub(in crate::store) async fn execute(
     session: &mut Session,
     guests: &Guests,
     statement: &str,
@@ -77,7 +62,7 @@ pub(super) async fn execute(
         text,
         arguments,
         facts,
-    } = match prepare(guests, statement, params).await {
+    } = match prepare(guests, statement, params, check_and_bind).await {
         Ok(prepared) => prepared,
         Err(error) => return Ok(StatementOutcome::NotRun(error)),
     };
@@ -86,8 +71,7 @@ pub(super) async fn execute(
         .execute(session.connection())
         .await
     {
-        Ok(result) if facts.changes_rows => Ok(StatementOutcome::Done(result.rows_affected())),
-        Ok(_) => Ok(StatementOutcome::Done(0)),
+        Ok(result) => Ok(changed_rows(facts.changes_rows, result.rows_affected())),
         Err(error) => failed(error),
     };
     run_with_deadline(session, guests, run).await
@@ -137,17 +121,16 @@ async fn fetch(
 ) -> Result<StatementOutcome<Rows>> {
     let query = session.guest_query(statement, arguments);
     let mut stream = session.connection().fetch_many(query);
-    let mut rows = Rows::default();
-    let mut bytes = 0;
+    let mut rows = RowCollector::new(limits);
     loop {
         match stream.try_next().await {
             Ok(Some(Either::Left(_))) => {}
             Ok(Some(Either::Right(row))) => {
-                if let Err(error) = add_row(&mut rows, &mut bytes, &row, limits) {
+                if let Err(error) = rows.add(&row, received_size(&row), guest_values::decode) {
                     return Ok(StatementOutcome::ConnectionBroken(error));
                 }
             }
-            Ok(None) => return Ok(StatementOutcome::Done(rows)),
+            Ok(None) => return rows.finish(),
             Err(error) => return failed(error),
         }
     }
@@ -169,37 +152,15 @@ fn failed<T>(error: sqlx::Error) -> Result<StatementOutcome<T>> {
     })
 }
 
-/// Checks a statement and binds its parameters, large ones off the async threads.
-async fn prepare(
-    guests: &Guests,
-    statement: &str,
-    params: &[Value],
-) -> std::result::Result<Prepared, SqlError> {
-    if !sql::are_large(params) {
-        return prepare_here(guests.functions.as_deref(), statement, params);
-    }
-    let (functions, statement, params) = (
-        guests.functions.clone(),
-        statement.to_owned(),
-        params.to_vec(),
-    );
-    let prepared = tokio::task::spawn_blocking(move || {
-        prepare_here(functions.as_deref(), &statement, &params)
-    });
-    prepared
-        .await
-        .unwrap_or_else(|error| Err(SqlError::InvalidParameter(error.to_string())))
-}
-
 /// Checks a statement and binds its parameters. Its text ends in a comment with the types of the
 /// parameters: a connection caches prepared statements by text, and one prepared for other types
 /// would misread them.
-fn prepare_here(
-    functions: Option<&Functions>,
+fn check_and_bind(
+    guests: &Guests,
     statement: &str,
     params: &[Value],
-) -> std::result::Result<Prepared, SqlError> {
-    let facts = match functions {
+) -> std::result::Result<Prepared<PgArguments>, SqlError> {
+    let facts = match guests.functions.as_deref() {
         Some(functions) => {
             let facts = sql::check_statement(statement, Dialect::Postgres, Some(functions))?;
             sql::check_count(&facts, params.len())?;
@@ -230,50 +191,11 @@ fn prepare_here(
     })
 }
 
-fn add_row(
-    rows: &mut Rows,
-    bytes: &mut usize,
-    row: &PgRow,
-    limits: SqlLimits,
-) -> std::result::Result<(), SqlError> {
-    if rows.rows.len() >= limits.rows {
-        return Err(SqlError::TooLarge(format!(
-            "the result has more than {} rows",
-            limits.rows
-        )));
-    }
-
-    // Check the received size before any value is copied.
-    let came: usize = (0..row.columns().len())
-        .map(|at| {
-            row.try_get_raw(at)
-                .ok()
-                .and_then(|raw| raw.as_bytes().ok().map(<[u8]>::len))
-                .unwrap_or_default()
-        })
-        .sum();
-    let too_large =
-        || SqlError::TooLarge(format!("the result is larger than {} bytes", limits.bytes));
-    if came > limits.bytes {
-        return Err(too_large());
-    }
-    if rows.columns.is_empty() {
-        rows.columns = row
-            .columns()
-            .iter()
-            .map(|column| column.name().to_owned())
-            .collect();
-    }
-    let values = (0..row.columns().len())
-        .map(|at| {
-            let value = guest_values::decode(row, at)?;
-            *bytes += value.size();
-            Ok(value)
-        })
-        .collect::<std::result::Result<Vec<_>, SqlError>>()?;
-    if *bytes > limits.bytes {
-        return Err(too_large());
-    }
-    rows.rows.push(values);
-    Ok(())
+/// The size of a row as it came from the server.
+fn received_size(row: &PgRow) -> usize {
+    let size = |at| {
+        let raw = row.try_get_raw(at).ok()?;
+        raw.as_bytes().ok().map(<[u8]>::len)
+    };
+    (0..row.len()).filter_map(size).sum()
 }

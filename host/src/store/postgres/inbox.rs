@@ -6,14 +6,14 @@ use anyhow::anyhow;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors::Doing;
 use super::session::Session;
+use crate::store::error::Doing as _;
 use crate::store::{Claim, Claimed, Result, StoreError, shared};
 
 /// Claims event ids, sorted, with one statement, which waits for transactions that hold one of
 /// them. Records that such a transaction commits meanwhile are not in the statement's snapshot, so
 /// a second statement reads them.
-pub(super) async fn claim(
+pub(in crate::store) async fn claim(
     session: &mut Session,
     worker: &str,
     claims: &[Claim],
@@ -144,7 +144,7 @@ async fn find_existing(
 }
 
 /// Releases claims of this transaction.
-pub(super) async fn release_claims(
+pub(in crate::store) async fn release_claims(
     session: &mut Session,
     worker: &str,
     event_ids: &[String],
@@ -158,22 +158,4 @@ pub(super) async fn release_claims(
         .await
         .doing("release claims")?;
     Ok(())
-}
-
-/// The events among these that are done.
-pub(super) async fn done(
-    session: &mut Session,
-    worker: &str,
-    event_ids: &[String],
-) -> Result<Vec<String>> {
-    let query =
-        session.query("select event_id from oncely.inbox where worker = $1 and event_id = any($2) and state = 'done'");
-    let rows = query
-        .bind(worker)
-        .bind(event_ids)
-        .fetch_all(session.connection())
-        .await
-        .doing("find done events")?;
-    let done: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
-    done.doing("read events")
 }

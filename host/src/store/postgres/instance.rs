@@ -9,7 +9,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row, raw_sql};
 use tokio::sync::Mutex;
 
-use super::errors::Doing;
+use crate::store::error::Doing as _;
 use crate::store::instance::{HOST_LEASE, Instance, RENEW_TIMEOUT, TakenOver};
 use crate::store::{Result, shared};
 

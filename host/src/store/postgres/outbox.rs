@@ -7,26 +7,15 @@ use jiff::Timestamp;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors::Doing;
 use super::session::Session;
+use crate::store::error::Doing as _;
 use crate::store::shared::{self, ReleaseColumns};
 use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished, rows};
-
-/// Appends the outputs of one worker; see [`append_for`].
-pub(super) async fn append(
-    session: &mut Session,
-    worker: &str,
-    outputs: &[Output],
-    lease: Duration,
-) -> Result<Vec<OutboxRow>> {
-    let outputs: Vec<_> = outputs.iter().map(|output| (worker, output)).collect();
-    append_for(session, &outputs, lease).await
-}
 
 /// Appends outputs, each with its worker, in order. Outputs that are due at once are leased to this
 /// host and returned. Delayed ones are not leased and become due later. Times are read at the
 /// write, because the transaction may have begun long before.
-pub(super) async fn append_for(
+pub(in crate::store) async fn append(
     session: &mut Session,
     outputs: &[(&str, &Output)],
     lease: Duration,
@@ -141,12 +130,11 @@ async fn insert(
 /// Leases due outputs, oldest first, and skips rows that another host is leasing. A due output that
 /// is not the first of its per-key queue becomes blocked. Its blocker is the last output before it,
 /// or the output that blocks that one. It is due again after its blocker is published or dropped.
-pub(super) async fn lease(
+pub(in crate::store) async fn lease(
     session: &mut Session,
     limit: u32,
     lease: Duration,
-) -> Result<Vec<OutboxRow>> {
-    unblock(session).await?;
+) -> Result<(Vec<OutboxRow>, Vec<(i64, Unpublished)>)> {
     let query = session.query(
         "with due as materialized (
              select seq, worker, ordering_key from oncely.outbox
@@ -192,13 +180,11 @@ pub(super) async fn lease(
         .fetch_all(session.connection())
         .await
         .doing("lease outputs")?;
-    let (leased, not_leased) = rows::leased_outputs(&rows)?;
-    release(session, &not_leased).await?;
-    Ok(leased)
+    rows::leased_outputs(&rows)
 }
 
 /// Makes outputs due whose blocking output is published or dropped.
-async fn unblock(session: &mut Session) -> Result<()> {
+pub(in crate::store) async fn unblock(session: &mut Session) -> Result<()> {
     let query = session.query(
         "with gone as materialized (
              select blocked_by from (select distinct blocked_by from oncely.outbox where blocked_by is not null) as waited_for
@@ -220,7 +206,10 @@ async fn unblock(session: &mut Session) -> Result<()> {
 ///
 /// # Errors
 /// `Unavailable` if one of them is not in the outbox.
-pub(super) async fn mark_published(session: &mut Session, published: &[Published]) -> Result<()> {
+pub(in crate::store) async fn mark_published(
+    session: &mut Session,
+    published: &[Published],
+) -> Result<()> {
     let sequences: Vec<i64> = published
         .iter()
         .map(|place| shared::signed(place.stream_sequence))
@@ -248,10 +237,10 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
 }
 
 /// Releases leases that this host still has: another host may have taken over meanwhile.
-pub(super) async fn release(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
-    if rows.is_empty() {
-        return Ok(());
-    }
+pub(in crate::store) async fn release(
+    session: &mut Session,
+    rows: &[(i64, Unpublished)],
+) -> Result<()> {
     let ids = session.output_ids();
     let rows: Vec<_> = rows
         .iter()
@@ -294,7 +283,7 @@ pub(super) async fn release(session: &mut Session, rows: &[(i64, Unpublished)]) 
 }
 
 /// Leaves WAL outputs to the poller.
-pub(super) async fn move_to_polling(
+pub(in crate::store) async fn move_to_polling(
     session: &mut Session,
     rows: &[(i64, Unpublished)],
 ) -> Result<()> {

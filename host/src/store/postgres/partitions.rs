@@ -14,10 +14,9 @@ use jiff::Timestamp;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Row, raw_sql};
 
-use super::errors::Doing;
-use super::redrive;
 use super::session::Session;
 use crate::store::archive::ArchiveFile;
+use crate::store::error::Doing as _;
 use crate::store::{Result, RetentionPolicy, StoreError, shared};
 
 /// The number of partitions per table.
@@ -199,7 +198,7 @@ async fn truncate_oldest(
         return Ok(false);
     }
     if table == PartitionedTable::Inbox {
-        redrive::record_completed_redrives(session).await?;
+        record_completed_redrives(session).await?;
     }
 
     // Archive the expired rows. Responses to requests are not archived.
@@ -430,6 +429,26 @@ pub(super) async fn delete_deleted_state(session: &mut Session, limit: u32) -> R
         .try_get(0)
         .doing("count the rows of deleted state keys")?;
     Ok(gone == i64::from(limit))
+}
+
+/// Records as done the redriven dead letters that took effect, before their inbox records are
+/// deleted.
+pub(super) async fn record_completed_redrives(session: &mut Session) -> Result<()> {
+    let query = session.query(
+        "with done as (
+             update oncely.dead_letter set state = 'done' from oncely.inbox
+             where dead_letter.state = 'redriven' and inbox.worker = dead_letter.worker
+                 and inbox.event_id = dead_letter.event_id and inbox.state = 'done'
+             returning dead_letter.worker, dead_letter.event_id
+         )
+         delete from oncely.recording using done
+         where recording.worker = done.worker and recording.event_id = done.event_id",
+    );
+    query
+        .execute(session.connection())
+        .await
+        .doing("record completed redrives")?;
+    Ok(())
 }
 
 #[cfg(test)]

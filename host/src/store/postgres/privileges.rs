@@ -23,7 +23,7 @@ const UNSAFE_FUNCTIONS: &str = "^(set_config|pg_sleep.*|pg_advisory_.*|pg_try_ad
 
 /// The login of guests' sessions.
 #[derive(Clone)]
-pub(super) struct Login {
+pub(in crate::store) struct Login {
     pub role: String,
     pub password: String,
     /// The role that owns the app's tables; it cannot log in.

@@ -7,13 +7,14 @@ use anyhow::anyhow;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors::{self, Doing};
+use super::errors;
 use super::session::Session;
 use crate::model::request::{HttpResponse, RequestKey};
+use crate::store::error::Doing as _;
 use crate::store::{ClaimedRequest, Result, StoreError, shared};
 
 /// Claims a key for the transaction. Does not wait for another transaction that has it.
-pub(super) async fn claim(
+pub(in crate::store) async fn claim(
     session: &mut Session,
     worker: &str,
     request: &RequestKey,
@@ -60,7 +61,7 @@ fn response(row: &PgRow) -> Result<HttpResponse> {
 }
 
 /// Stores the response to a key that this transaction claimed.
-pub(super) async fn store_response(
+pub(in crate::store) async fn store_response(
     session: &mut Session,
     worker: &str,
     request: &RequestKey,

@@ -10,15 +10,16 @@ use sqlx::postgres::{PgArguments, PgConnection, PgPool};
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, Postgres, Row, raw_sql};
 
-use super::errors::{self, Doing};
+use super::errors;
 use crate::model::output_ids::OutputIds;
 use crate::store::Result;
+use crate::store::error::Doing as _;
 use crate::store::instance::Instance;
 use crate::store::shared::PLATFORM_STATEMENT_TIMEOUT;
 
 /// The purpose of a transaction, which determines its settings.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Purpose {
+pub(in crate::store) enum Purpose {
     /// Guest statements, each limited to this time.
     Guest(Duration),
     /// The same, in a read-only transaction.
@@ -125,7 +126,7 @@ const KEEPALIVE: &str = "set local tcp_keepalives_idle = 4; set local tcp_keepal
 
 /// The settings of each transaction that depend on the host.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct HostSettings {
+pub(in crate::store) struct HostSettings {
     pub instance: Instance,
     /// Whether the server supports `client_connection_check_interval`, which depends on its
     /// operating system.
@@ -176,7 +177,7 @@ fn milliseconds(duration: Duration) -> i32 {
 
 /// A source of transactions: a pool of connections with its settings.
 #[derive(Clone)]
-pub(super) struct Sessions {
+pub(in crate::store) struct Sessions {
     pool: PgPool,
     named_statements: bool,
     /// Whether advisory locks of an earlier transaction are released first; the role has to permit
@@ -197,7 +198,7 @@ struct DefinerKey {
 }
 
 impl Sessions {
-    pub(super) fn new(pool: PgPool, named_statements: bool, instance: Instance) -> Self {
+    pub(in crate::store) fn new(pool: PgPool, named_statements: bool, instance: Instance) -> Self {
         let output_ids = Arc::new(OutputIds::with_random_key());
         let host = HostSettings {
             instance,
@@ -214,7 +215,7 @@ impl Sessions {
     }
 
     /// The same sessions with the installation's output ids.
-    pub(super) fn with_output_ids(self, output_ids: OutputIds) -> Self {
+    pub(in crate::store) fn with_output_ids(self, output_ids: OutputIds) -> Self {
         Sessions {
             output_ids: Arc::new(output_ids),
             ..self
@@ -222,12 +223,12 @@ impl Sessions {
     }
 
     /// The generator of output ids.
-    pub(super) fn output_ids(&self) -> &Arc<OutputIds> {
+    pub(in crate::store) fn output_ids(&self) -> &Arc<OutputIds> {
         &self.output_ids
     }
 
     /// The same sessions with client checks by the server, if it supports them.
-    pub(super) async fn with_client_checks(mut self) -> Self {
+    pub(in crate::store) async fn with_client_checks(mut self) -> Self {
         self.host.checks_client = true;
         // Beginning a transaction fails if the server's operating system has no support.
         if let Ok(session) = self.begin(Purpose::Read).await {
@@ -239,7 +240,7 @@ impl Sessions {
     }
 
     /// Sets the key of the definer functions, for all sessions that share it.
-    pub(super) fn set_definer_key(&self, key: Vec<u8>) {
+    pub(in crate::store) fn set_definer_key(&self, key: Vec<u8>) {
         *self
             .definer_key
             .key
@@ -249,17 +250,17 @@ impl Sessions {
     }
 
     /// Records that the database has a new key.
-    pub(super) fn mark_key_stale(&self) {
+    pub(in crate::store) fn mark_key_stale(&self) {
         self.definer_key.is_stale.store(true, Ordering::Release);
     }
 
-    pub(super) fn is_key_stale(&self) -> bool {
+    pub(in crate::store) fn is_key_stale(&self) -> bool {
         self.definer_key.is_stale.load(Ordering::Acquire)
     }
 
     /// Sessions on another role's connections. `releases_locks`: whether that role may release its
     /// advisory locks.
-    pub(super) fn with_pool(&self, pool: PgPool, releases_locks: bool) -> Self {
+    pub(in crate::store) fn with_pool(&self, pool: PgPool, releases_locks: bool) -> Self {
         Sessions {
             pool,
             releases_locks,
@@ -268,7 +269,7 @@ impl Sessions {
     }
 
     /// The same connections, for both the host and guests.
-    pub(super) fn shared_with_guests(self) -> Self {
+    pub(in crate::store) fn shared_with_guests(self) -> Self {
         Sessions {
             releases_locks: true,
             ..self
@@ -276,7 +277,7 @@ impl Sessions {
     }
 
     /// Begins a transaction. Broken pooled connections are dropped and replaced.
-    pub(super) async fn begin(&self, purpose: Purpose) -> Result<Session> {
+    pub(in crate::store) async fn begin(&self, purpose: Purpose) -> Result<Session> {
         let options = self.pool.connect_options();
         let begin = purpose.begin(
             &self.host,
@@ -314,7 +315,7 @@ impl Sessions {
         }
     }
 
-    pub(super) async fn close(&self) {
+    pub(in crate::store) async fn close(&self) {
         self.pool.close().await;
     }
 }
@@ -347,12 +348,12 @@ impl Session {
     }
 
     /// The generator of output ids.
-    pub(super) fn output_ids(&self) -> Arc<OutputIds> {
+    pub(in crate::store) fn output_ids(&self) -> Arc<OutputIds> {
         Arc::clone(&self.output_ids)
     }
 
     /// The token for definer functions, valid in this transaction only.
-    pub(super) fn token(&self) -> Vec<u8> {
+    pub(in crate::store) fn token(&self) -> Vec<u8> {
         self.token_for("definer")
     }
 
@@ -369,13 +370,13 @@ impl Session {
     }
 
     /// The transaction's id.
-    pub(super) fn id(&self) -> &str {
+    pub(in crate::store) fn id(&self) -> &str {
         &self.id
     }
 
     /// Checks deferred constraints now, in a transaction that will not be committed. Its guests
     /// have ended before the token is set.
-    pub(super) async fn check_constraints(&mut self) -> sqlx::Result<()> {
+    pub(in crate::store) async fn check_constraints(&mut self) -> sqlx::Result<()> {
         let token = hex::encode(self.token_for("commit"));
         let check =
             format!("set local oncely.commit_token = '{token}'; set constraints all immediate");
@@ -386,12 +387,12 @@ impl Session {
     }
 
     /// The backend's process id of a guest's transaction.
-    pub(super) fn process(&self) -> i32 {
+    pub(in crate::store) fn process(&self) -> i32 {
         self.process
     }
 
     /// The time limit of a guest's statement.
-    pub(super) fn guest_time(&self) -> Duration {
+    pub(in crate::store) fn guest_time(&self) -> Duration {
         if let Purpose::Guest(time) | Purpose::GuestReadOnly(time) = self.purpose {
             time
         } else {
@@ -409,7 +410,7 @@ impl Session {
     }
 
     /// A statement of a guest; see [`Session::query`].
-    pub(super) fn guest_query(
+    pub(in crate::store) fn guest_query(
         &self,
         statement: String,
         arguments: PgArguments,
@@ -422,7 +423,11 @@ impl Session {
     }
 
     /// Runs platform statements without results.
-    pub(super) async fn run(&mut self, statements: String, context: &'static str) -> Result<()> {
+    pub(in crate::store) async fn run(
+        &mut self,
+        statements: String,
+        context: &'static str,
+    ) -> Result<()> {
         let ran = raw_sql(AssertSqlSafe(statements))
             .execute(&mut *self.connection)
             .await;
@@ -431,7 +436,7 @@ impl Session {
     }
 
     /// Whether this transaction is still open after a migration.
-    pub(super) async fn is_same_transaction(&mut self) -> sqlx::Result<bool> {
+    pub(in crate::store) async fn is_same_transaction(&mut self) -> sqlx::Result<bool> {
         let row = raw_sql("select pg_catalog.pg_current_xact_id()::pg_catalog.text as id")
             .fetch_one(&mut *self.connection)
             .await?;
@@ -441,7 +446,7 @@ impl Session {
     /// Commits, in one message with a fence before the commit. The fence fails if the transaction
     /// was aborted or is not the one begun here, and `commit` is then not reached. The commit is
     /// never sent again.
-    pub(super) async fn commit(mut self) -> Result<()> {
+    pub(in crate::store) async fn commit(mut self) -> Result<()> {
         let fence = format!(
             "select 1 / (pg_catalog.pg_current_xact_id() = '{}'::pg_catalog.xid8)::int",
             self.id
@@ -476,7 +481,7 @@ impl Session {
     }
 
     /// Rolls back. Closes the connection if that fails.
-    pub(super) async fn rollback(mut self) {
+    pub(in crate::store) async fn rollback(mut self) {
         self.finished = raw_sql("rollback")
             .execute(&mut *self.connection)
             .await

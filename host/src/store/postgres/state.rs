@@ -4,14 +4,12 @@ use anyhow::{Context, anyhow};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors::Doing;
 use super::session::Session;
-use crate::store::{
-    Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared,
-};
+use crate::store::error::Doing as _;
+use crate::store::{Result, StateSlot, StateWrite, StoreError, shared};
 
 /// The current state of the keys.
-pub(super) async fn load(
+pub(in crate::store) async fn load(
     session: &mut Session,
     worker: &str,
     keys: &[String],
@@ -38,7 +36,11 @@ pub(super) async fn load(
 ///
 /// # Errors
 /// `Conflict` if a key no longer has its expected version.
-pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWrite]) -> Result<()> {
+pub(in crate::store) async fn save(
+    session: &mut Session,
+    worker: &str,
+    writes: &[StateWrite],
+) -> Result<()> {
     let mut expected = Vec::with_capacity(writes.len());
     let mut versions = Vec::with_capacity(writes.len());
     for write in writes {
@@ -69,48 +71,4 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
     Err(StoreError::Conflict(anyhow!(
         "a state key changed since it was read"
     )))
-}
-
-/// The complete value under a key.
-pub(super) async fn entry(
-    session: &mut Session,
-    worker: &str,
-    key: &str,
-) -> Result<Option<StateRecord>> {
-    let query = session.query(
-        "select key, version, octet_length(value)::bigint as size, value,
-             (extract(epoch from updated_at) * 1000000)::bigint as updated_at
-         from oncely.state where worker = $1 and key = $2 and value is not null",
-    );
-    let row = query
-        .bind(worker)
-        .bind(key)
-        .fetch_optional(session.connection())
-        .await
-        .doing("read state")?;
-    row.as_ref().map(rows::state).transpose()
-}
-
-/// Values of keys that begin with `prefix`, sorted by key and truncated to [`STATE_PREVIEW`] bytes.
-pub(super) async fn entries(
-    session: &mut Session,
-    worker: &str,
-    prefix: &str,
-    limit: u32,
-) -> Result<Vec<StateRecord>> {
-    let query = session.query(
-        "select key, version, octet_length(value)::bigint as size, substring(value from 1 for $4) as value,
-             (extract(epoch from updated_at) * 1000000)::bigint as updated_at
-         from oncely.state where worker = $1 and pg_catalog.starts_with(key, $2) and value is not null
-         order by key collate pg_catalog.\"C\" limit $3",
-    );
-    let rows = query
-        .bind(worker)
-        .bind(prefix)
-        .bind(i64::from(limit))
-        .bind(STATE_PREVIEW.cast_signed())
-        .fetch_all(session.connection())
-        .await
-        .doing("list state")?;
-    Ok(rows::list(&rows, rows::state))
 }

@@ -1,16 +1,14 @@
 //! Failed attempts, counted outside of the transaction that failed.
 
-use bytes::Bytes;
 use sqlx::Row;
-use sqlx::sqlite::SqlitePool;
 
-use super::errors::Doing;
 use super::session::Session;
+use crate::store::error::Doing as _;
 use crate::store::{CountedAttempt, FailedAttempt, Result, shared};
 
 /// Counts failed attempts and stores their recordings. Returns the number of each attempt within
 /// its event.
-pub(super) async fn count(
+pub(in crate::store) async fn count(
     session: &mut Session,
     worker: &str,
     failed: &[FailedAttempt],
@@ -92,11 +90,7 @@ async fn save_recording(
 }
 
 /// Deletes the recording of an event's last attempt.
-pub(super) async fn delete_recording(
-    session: &mut Session,
-    worker: &str,
-    event_id: &str,
-) -> Result<()> {
+async fn delete_recording(session: &mut Session, worker: &str, event_id: &str) -> Result<()> {
     sqlx::query("delete from oncely_recording where worker = $1 and event_id = $2")
         .bind(worker)
         .bind(event_id)
@@ -107,57 +101,5 @@ pub(super) async fn delete_recording(
         )
         .await
         .doing("delete the recording of an attempt")?;
-    Ok(())
-}
-
-/// The recording of an event's last attempt.
-pub(super) async fn recording(
-    readers: &SqlitePool,
-    worker: &str,
-    event_id: &str,
-) -> Result<Option<Bytes>> {
-    let recording: Option<Vec<u8>> = sqlx::query_scalar(
-        "select recording from oncely_recording where worker = $1 and event_id = $2",
-    )
-    .bind(worker)
-    .bind(event_id)
-    .fetch_optional(readers)
-    .await
-    .doing("read the recording of an attempt")?;
-    Ok(recording.map(Bytes::from))
-}
-
-/// Writes the crash marker of a message that is about to be handled alone. Returns how often it was
-/// written before without being cleared.
-pub(super) async fn write_crash_marker(
-    session: &mut Session,
-    worker: &str,
-    event_id: &str,
-) -> Result<u32> {
-    let row = sqlx::query(
-        "insert into oncely_crash_marker (worker, event_id, starts) values ($1, $2, 1)
-         on conflict (worker, event_id) do update set starts = starts + 1
-         returning starts - 1",
-    )
-    .bind(worker)
-    .bind(event_id)
-    .fetch_one(session.connection().doing("write a crash marker")?)
-    .await
-    .doing("write a crash marker")?;
-    row.try_get(0).doing("write a crash marker")
-}
-
-/// Clears the crash marker of a message.
-pub(super) async fn clear_crash_marker(
-    session: &mut Session,
-    worker: &str,
-    event_id: &str,
-) -> Result<()> {
-    sqlx::query("delete from oncely_crash_marker where worker = $1 and event_id = $2")
-        .bind(worker)
-        .bind(event_id)
-        .execute(session.connection().doing("clear a crash marker")?)
-        .await
-        .doing("clear a crash marker")?;
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Row changes of a transaction: SQLite reports each touched row, and a reader supplies the old
 //! one.
 
-use super::errors::Doing;
+use crate::store::error::Doing as _;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -18,7 +18,7 @@ use crate::store::{Changes, Result, RowChange};
 const TOUCHED_MAX: usize = 10_000;
 
 /// The rows that SQLite reported since tracking began.
-pub(super) struct ChangeTracker {
+pub(in crate::store) struct ChangeTracker {
     touched: Arc<Mutex<TouchedRows>>,
     /// The number of rows that the connection had changed before.
     changes_before: i64,
@@ -34,7 +34,7 @@ struct TouchedRows {
 }
 
 /// Starts tracking row changes.
-pub(super) async fn track(session: &mut Session) -> Result<ChangeTracker> {
+pub(in crate::store) async fn track(session: &mut Session) -> Result<ChangeTracker> {
     let changes_before = total_changes(session).await?;
     let touched = Arc::new(Mutex::new(TouchedRows::default()));
     let shared = Arc::clone(&touched);
@@ -59,7 +59,7 @@ pub(super) async fn track(session: &mut Session) -> Result<ChangeTracker> {
 }
 
 /// Stops tracking row changes.
-pub(super) async fn stop_tracking(session: &mut Session) -> Result<()> {
+pub(in crate::store) async fn stop_tracking(session: &mut Session) -> Result<()> {
     session
         .connection()
         .doing("stop tracking row changes")?
@@ -71,7 +71,7 @@ pub(super) async fn stop_tracking(session: &mut Session) -> Result<()> {
 }
 
 /// The changes since tracking began, at most `limit` rows.
-pub(super) async fn changes(
+pub(in crate::store) async fn changes(
     session: &mut Session,
     readers: &SqlitePool,
     tracker: &ChangeTracker,

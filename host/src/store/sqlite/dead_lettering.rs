@@ -1,54 +1,17 @@
-//! Writing dead letters: the original bytes and headers of messages that could not be handled.
+//! The statements of [`crate::store::dead_lettering`], each for one dead letter.
 
-use super::errors::Doing;
+use crate::store::error::Doing as _;
 use std::collections::{HashMap, HashSet};
 
 use sqlx::Row;
 
 use super::session::Session;
-use super::{alarms, outbox};
-use crate::model::verdict::DeadLetter;
+use crate::store::Result;
+use crate::store::dead_lettering::Key;
 use crate::store::shared::{self, InboxRecord, NewDeadLetter};
-use crate::store::{AlarmNotices, OutboxRow, Output, Result};
-
-/// Writes dead letters, their inbox records and their notices, and raises an alarm for new
-/// failures. A message that is already settled adds nothing.
-pub(super) async fn dead_letter(
-    session: &mut Session,
-    dead_letters: &[(DeadLetter, Output)],
-    new_failures: u32,
-) -> Result<(Vec<OutboxRow>, AlarmNotices)> {
-    // Settle the events, and keep the messages that still need a dead letter.
-    let new_dead_letters = NewDeadLetter::all(dead_letters);
-    let inserted = settle(session, &new_dead_letters).await?;
-    let inbox_records = inbox_records(session, &new_dead_letters).await?;
-    let new = shared::to_dead_letter(&new_dead_letters, &inserted, &inbox_records);
-
-    // New failures are recorded before their dead letters exist.
-    let alarms =
-        alarms::record_failures(session, &shared::worker_failure_groups(&new), new_failures)
-            .await?;
-
-    // Write the dead letters and their notices.
-    let mut notices = Vec::new();
-    for new_dead_letter in new {
-        if let Some((id, generation)) = insert(session, new_dead_letter).await? {
-            notices.push((
-                new_dead_letter.dead_letter.worker.as_str(),
-                new_dead_letter.notice_for(id, generation),
-            ));
-        }
-    }
-    let notices: Vec<(&str, &Output)> = notices
-        .iter()
-        .map(|(worker, notice)| (*worker, notice))
-        .collect();
-    let notices = outbox::append_for(session, &notices, shared::NOTICE_LEASE).await?;
-    Ok((notices, alarms::append_notices(session, alarms).await?))
-}
 
 /// Settles the unsettled events as dead, and returns them.
-async fn settle(
+pub(in crate::store) async fn settle(
     session: &mut Session,
     new_dead_letters: &[NewDeadLetter<'_>],
 ) -> Result<HashSet<(String, String)>> {
@@ -74,7 +37,7 @@ async fn settle(
     Ok(inserted)
 }
 
-async fn inbox_records(
+pub(in crate::store) async fn inbox_records(
     session: &mut Session,
     new_dead_letters: &[NewDeadLetter<'_>],
 ) -> Result<HashMap<(String, String), InboxRecord>> {
@@ -101,9 +64,23 @@ async fn inbox_records(
     Ok(inbox_records)
 }
 
-/// Writes a dead letter, or reopens a redriven one. Returns its id and generation; none if it is
+/// Inserts new dead letters and reopens redriven ones. Returns id and generation of both.
+pub(in crate::store) async fn insert(
+    session: &mut Session,
+    new: &[&NewDeadLetter<'_>],
+) -> Result<HashMap<Key, (i64, u32)>> {
+    let mut written = HashMap::new();
+    for new_dead_letter in new {
+        if let Some(place) = insert_one(session, new_dead_letter).await? {
+            written.insert(new_dead_letter.full_key(), place);
+        }
+    }
+    Ok(written)
+}
+
+/// Writes a dead letter, or reopens a redriven one. Returns its id and generation; `None` if it is
 /// already open.
-async fn insert(
+async fn insert_one(
     session: &mut Session,
     new_dead_letter: &NewDeadLetter<'_>,
 ) -> Result<Option<(i64, u32)>> {

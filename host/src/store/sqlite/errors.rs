@@ -4,6 +4,7 @@ use sqlx::Error;
 
 use crate::model::sql::{DatabaseError, SqlError};
 use crate::store::StoreError;
+use crate::store::error::{cause, sqlx_error};
 
 // Primary result codes; see https://www.sqlite.org/rescode.html.
 const ERROR: i32 = 1;
@@ -25,24 +26,11 @@ const NOTADB: i32 = 26;
 
 // Extended result codes.
 const CONSTRAINT_COMMITHOOK: i32 = 531;
-const CONSTRAINT_FOREIGNKEY: i32 = 787;
-
-/// Adds the context of a platform statement to its error.
-pub(super) trait Doing<T> {
-    /// `context` names the action in the present tense, such as `read the outbox`.
-    fn doing(self, context: &'static str) -> Result<T, StoreError>;
-}
-
-impl<T> Doing<T> for sqlx::Result<T> {
-    fn doing(self, context: &'static str) -> Result<T, StoreError> {
-        self.map_err(|error| from_statement(error, context))
-    }
-}
 
 /// The error of a statement of the platform.
 pub(in crate::store) fn from_statement(error: Error, context: &'static str) -> StoreError {
     let is_conflict = matches!(primary(&error), BUSY | LOCKED);
-    let cause = anyhow::Error::new(error).context(context);
+    let cause = cause(error).context(context);
     if is_conflict {
         StoreError::Conflict(cause)
     } else {
@@ -52,14 +40,14 @@ pub(in crate::store) fn from_statement(error: Error, context: &'static str) -> S
 
 /// The error of a platform statement that writes a guest's values. A value that the platform's
 /// tables refuse is the guest's mistake.
-pub(super) fn from_guest_values(error: StoreError) -> StoreError {
+pub(in crate::store) fn from_guest_values(error: StoreError) -> StoreError {
     let StoreError::Unavailable(cause) = error else {
         return error;
     };
     let is_of_value = |error: &Error| {
         matches!(primary(error), TOOBIG | CONSTRAINT | MISMATCH) && !is_commit_hook(error)
     };
-    match cause.downcast_ref::<Error>() {
+    match sqlx_error(&cause) {
         Some(error) if is_of_value(error) => StoreError::Refused(cause),
         _ => StoreError::Unavailable(cause),
     }
@@ -67,28 +55,31 @@ pub(super) fn from_guest_values(error: StoreError) -> StoreError {
 
 /// The error of a savepoint. A missing savepoint means that a guest's statement ended the
 /// transaction.
-pub(super) fn from_savepoint(error: Error, context: &'static str) -> StoreError {
+pub(in crate::store) fn from_savepoint(error: Error, context: &'static str) -> StoreError {
     match primary(&error) {
-        ERROR => StoreError::Refused(anyhow::Error::new(error).context(context)),
+        ERROR => StoreError::Refused(cause(error).context(context)),
         _ => from_statement(error, context),
     }
 }
 
 /// The error of a commit. A commit that is refused because of the guest took no effect; any other
 /// may have.
-pub(super) fn from_commit(error: Error) -> StoreError {
+pub(in crate::store) fn from_commit(error: Error) -> StoreError {
     let refusal = match primary(&error) {
         ERROR if is_no_transaction(&error) => "a statement ended the transaction",
         CONSTRAINT => "a deferred constraint is violated",
         _ => return from_statement(error, "commit"),
     };
-    StoreError::Refused(anyhow::Error::new(error).context(refusal))
+    StoreError::Refused(cause(error).context(refusal))
 }
 
 /// The error of a guest's statement: the outer one is the host's, the inner one the guest's. In a
 /// read-only transaction (`reads_only`) a write is refused. In any other, that code means trouble
 /// with the file.
-pub(super) fn from_guest_statement(error: Error, reads_only: bool) -> Result<SqlError, StoreError> {
+pub(in crate::store) fn from_guest_statement(
+    error: Error,
+    reads_only: bool,
+) -> Result<SqlError, StoreError> {
     let (code, primary) = (extended(&error), primary(&error));
     let Some(database) = error.as_database_error() else {
         return match error {
@@ -128,7 +119,7 @@ pub(super) fn from_guest_statement(error: Error, reads_only: bool) -> Result<Sql
 }
 
 /// Whether SQLite reports that there is no transaction to end.
-pub(super) fn is_no_transaction(error: &Error) -> bool {
+pub(in crate::store) fn is_no_transaction(error: &Error) -> bool {
     error
         .as_database_error()
         .is_some_and(|error| error.message().contains("no transaction is active"))
@@ -136,12 +127,8 @@ pub(super) fn is_no_transaction(error: &Error) -> bool {
 
 /// Whether the commit hook refused a statement that would have committed outside of its
 /// transaction.
-pub(super) fn is_commit_hook(error: &Error) -> bool {
+pub(in crate::store) fn is_commit_hook(error: &Error) -> bool {
     extended(error) == CONSTRAINT_COMMITHOOK
-}
-
-pub(super) fn is_foreign_key_violation(error: &Error) -> bool {
-    extended(error) == CONSTRAINT_FOREIGNKEY
 }
 
 /// The name in `CHECK constraint failed: name`, or the columns in `UNIQUE constraint failed:

@@ -3,14 +3,14 @@
 use std::collections::HashSet;
 
 use sqlx::Row;
-use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::sqlite::SqliteRow;
 
-use super::errors::Doing;
 use super::session::Session;
+use crate::store::error::Doing as _;
 use crate::store::{Claim, Claimed, Result, shared};
 
 /// Claims event ids with one statement, and reads those that already existed with another.
-pub(super) async fn claim(
+pub(in crate::store) async fn claim(
     session: &mut Session,
     worker: &str,
     claims: &[Claim],
@@ -103,7 +103,7 @@ async fn find_existing(
 }
 
 /// Releases claims of this transaction. A redriven event is dead again.
-pub(super) async fn release_claims(
+pub(in crate::store) async fn release_claims(
     session: &mut Session,
     worker: &str,
     event_ids: &[&str],
@@ -135,24 +135,4 @@ pub(super) async fn release_claims(
     .await
     .doing("release claims")?;
     Ok(())
-}
-
-/// The events among these that took effect.
-pub(super) async fn done(
-    readers: &SqlitePool,
-    worker: &str,
-    event_ids: &[String],
-) -> Result<Vec<String>> {
-    let rows = sqlx::query(
-        "select inbox.event_id from json_each($2) as given
-             cross join oncely_inbox as inbox on inbox.worker = $1 and inbox.event_id = given.value
-         where inbox.state = 'done'",
-    )
-    .bind(worker)
-    .bind(serde_json::json!(event_ids).to_string())
-    .fetch_all(readers)
-    .await
-    .doing("look up events")?;
-    let done: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
-    done.doing("read events")
 }

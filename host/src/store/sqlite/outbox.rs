@@ -8,25 +8,14 @@ use anyhow::Context;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
-use super::errors::Doing;
 use super::session::Session;
+use crate::store::error::Doing as _;
 use crate::store::shared::{self, KEY_QUEUE_MAX, ReleaseColumns};
 use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished, rows};
 
-/// Appends the outputs of one worker; see [`append_for`].
-pub(super) async fn append(
-    session: &mut Session,
-    worker: &str,
-    outputs: &[Output],
-    lease: Duration,
-) -> Result<Vec<OutboxRow>> {
-    let outputs: Vec<_> = outputs.iter().map(|output| (worker, output)).collect();
-    append_for(session, &outputs, lease).await
-}
-
 /// Appends outputs, each with its worker, in order. Those that are due at once are leased to this
 /// host and returned. Delayed ones are leased to no host, and are due only after their delay.
-pub(super) async fn append_for(
+pub(in crate::store) async fn append(
     session: &mut Session,
     outputs: &[(&str, &Output)],
     lease: Duration,
@@ -160,13 +149,11 @@ async fn insert(
 /// Leases due outputs, oldest first. A due output that is not the next of its key is blocked by the
 /// last one before it. If that one is blocked itself, both get the same blocker. An output is due
 /// again once its blocker is gone.
-pub(super) async fn lease(
+pub(in crate::store) async fn lease(
     session: &mut Session,
     limit: u32,
     lease: Duration,
-) -> Result<Vec<OutboxRow>> {
-    unblock(session).await?;
-
+) -> Result<(Vec<OutboxRow>, Vec<(i64, Unpublished)>)> {
     // Find due outputs, and for each the row that its key waits for, if any.
     let candidates = sqlx::query(
         "with clock as materialized (
@@ -211,7 +198,7 @@ pub(super) async fn lease(
         .filter_map(|(seq, before)| Some((seq, Unpublished::BlockedBy(before?))));
     release(session, &waiting.collect::<Vec<_>>()).await?;
     if next.is_empty() {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), Vec::new()));
     }
 
     // Lease the rest.
@@ -229,13 +216,11 @@ pub(super) async fn lease(
     .fetch_all(session.connection().doing("lease outputs")?)
     .await
     .doing("lease outputs")?;
-    let (leased, not_leased) = rows::leased_outputs(&rows)?;
-    release(session, &not_leased).await?;
-    Ok(leased)
+    rows::leased_outputs(&rows)
 }
 
 /// Unblocks outputs that wait for rows that are published or gone.
-async fn unblock(session: &mut Session) -> Result<()> {
+pub(in crate::store) async fn unblock(session: &mut Session) -> Result<()> {
     sqlx::query(
         "update oncely_outbox
          set blocked_by = null, leased_until = due_at
@@ -252,7 +237,10 @@ async fn unblock(session: &mut Session) -> Result<()> {
 }
 
 /// Records where outputs were published. All of them must exist.
-pub(super) async fn mark_published(session: &mut Session, published: &[Published]) -> Result<()> {
+pub(in crate::store) async fn mark_published(
+    session: &mut Session,
+    published: &[Published],
+) -> Result<()> {
     let given: Vec<_> = published
         .iter()
         .map(|place| serde_json::json!({"seq": place.seq, "stream": place.stream, "sequence": place.stream_sequence}))
@@ -274,7 +262,7 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
 
 /// Releases the leases of previous instances: there is only one host. Returns the number of
 /// outputs.
-pub(super) async fn release_leases(session: &mut Session) -> Result<u64> {
+pub(in crate::store) async fn release_leases(session: &mut Session) -> Result<u64> {
     let released = sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
          update oncely_outbox set leased_until = now, leased_by = null from clock
@@ -293,10 +281,10 @@ pub(super) async fn release_leases(session: &mut Session) -> Result<u64> {
 }
 
 /// Releases the leases of outputs.
-pub(super) async fn release(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
-    if rows.is_empty() {
-        return Ok(());
-    }
+pub(in crate::store) async fn release(
+    session: &mut Session,
+    rows: &[(i64, Unpublished)],
+) -> Result<()> {
     let ids = session.output_ids();
     let given = rows.iter().map(|row| ReleaseColumns::of(row, &ids)).map(|row| {
         serde_json::json!({

@@ -8,13 +8,13 @@ use jiff::Timestamp;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
-use super::errors::Doing;
 use super::session::Session;
 use crate::model::request::{HttpResponse, RequestKey};
+use crate::store::error::Doing as _;
 use crate::store::{ClaimedRequest, Result, StoreError, shared};
 
 /// The stored response to a key, if any.
-pub(super) async fn claim(
+pub(in crate::store) async fn claim(
     session: &mut Session,
     worker: &str,
     request: &RequestKey,
@@ -51,7 +51,7 @@ pub(super) async fn claim(
 }
 
 /// Stores the response to a key that this transaction claimed.
-pub(super) async fn store_response(
+pub(in crate::store) async fn store_response(
     session: &mut Session,
     worker: &str,
     request: &RequestKey,

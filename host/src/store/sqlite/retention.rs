@@ -8,9 +8,9 @@ use futures::TryStreamExt;
 use jiff::Timestamp;
 use sqlx::Row;
 
-use super::errors::Doing;
 use super::session::Session;
 use crate::store::archive::ArchiveFile;
+use crate::store::error::Doing as _;
 use crate::store::shared::DELETED_STATE_KEPT;
 use crate::store::{Result, RetentionPolicy, shared};
 

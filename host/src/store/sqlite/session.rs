@@ -10,9 +10,10 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, raw_sql};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::authorizer::Authorizer;
-use super::errors::{self, Doing};
+use super::errors;
 use crate::model::output_ids::OutputIds;
 use crate::store::Result;
+use crate::store::error::Doing as _;
 use crate::store::instance::Instance;
 
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -24,7 +25,7 @@ const INSTRUCTIONS_PER_CHECK: i32 = 1000;
 const ROW_BUFFER_SIZE: usize = 16;
 
 /// The options of all connections to a file.
-pub(super) fn options(path: &Path) -> SqliteConnectOptions {
+pub(in crate::store) fn options(path: &Path) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
         .filename(path)
         .create_if_missing(true)
@@ -39,7 +40,7 @@ pub(super) fn options(path: &Path) -> SqliteConnectOptions {
 
 /// The source of transactions: one after the other, on a connection that is reopened after a
 /// failure.
-pub(super) struct Sessions {
+pub(in crate::store) struct Sessions {
     options: SqliteConnectOptions,
     begin: &'static str,
     instance: Instance,
@@ -48,7 +49,7 @@ pub(super) struct Sessions {
 }
 
 impl Sessions {
-    pub(super) fn new(options: SqliteConnectOptions) -> Self {
+    pub(in crate::store) fn new(options: SqliteConnectOptions) -> Self {
         let output_ids = Arc::new(OutputIds::with_random_key());
         Sessions {
             options,
@@ -60,12 +61,12 @@ impl Sessions {
     }
 
     /// The same, with the output ids of the installation.
-    pub(super) fn with_output_ids(self, output_ids: Arc<OutputIds>) -> Self {
+    pub(in crate::store) fn with_output_ids(self, output_ids: Arc<OutputIds>) -> Self {
         Sessions { output_ids, ..self }
     }
 
     /// For read-only transactions, which do not wait for writers.
-    pub(super) fn reading(options: SqliteConnectOptions) -> Self {
+    pub(in crate::store) fn reading(options: SqliteConnectOptions) -> Self {
         Sessions {
             begin: "begin",
             ..Sessions::new(options.read_only(true))
@@ -73,12 +74,12 @@ impl Sessions {
     }
 
     /// Waits for the previous transaction and begins one.
-    pub(super) async fn begin(&self) -> Result<Session> {
+    pub(in crate::store) async fn begin(&self) -> Result<Session> {
         self.begin_with_callback(|| ()).await
     }
 
     /// Like [`Sessions::begin`]. Calls `on_acquired` when the previous transactions are over.
-    pub(super) async fn begin_with_callback<T>(
+    pub(in crate::store) async fn begin_with_callback<T>(
         &self,
         on_acquired: impl FnOnce() -> T,
     ) -> Result<Session> {
@@ -103,7 +104,7 @@ impl Sessions {
         Ok(session)
     }
 
-    pub(super) async fn close(&self) {
+    pub(in crate::store) async fn close(&self) {
         if let Some(writer) = self.writer.lock().await.take() {
             // An error changes nothing: the file is as it was after the last commit.
             let _ = writer.connection.close().await;
@@ -177,7 +178,7 @@ pub(in crate::store) struct Session {
 
 impl Session {
     /// The output ids of the installation.
-    pub(super) fn output_ids(&self) -> Arc<OutputIds> {
+    pub(in crate::store) fn output_ids(&self) -> Arc<OutputIds> {
         Arc::clone(&self.output_ids)
     }
 
@@ -187,7 +188,7 @@ impl Session {
     }
 
     /// The instance that leases appended outputs.
-    pub(super) fn instance(&self) -> i64 {
+    pub(in crate::store) fn instance(&self) -> i64 {
         self.instance.id()
     }
 
@@ -210,7 +211,7 @@ impl Session {
     }
 
     /// Begins a guest's statement: the authorizer applies, and SQLite interrupts it after `time`.
-    pub(super) async fn begin_guest_statement(&mut self, time: Duration) -> Result<()> {
+    pub(in crate::store) async fn begin_guest_statement(&mut self, time: Duration) -> Result<()> {
         let writer = self.slot.as_mut().ok_or(sqlx::Error::WorkerCrashed);
         let admitted = async {
             let writer = writer?;
@@ -228,7 +229,7 @@ impl Session {
 
     /// Ends a guest's statement, after it has stopped. Returns whether the transaction is still
     /// open.
-    pub(super) async fn end_guest_statement(&mut self) -> Result<bool> {
+    pub(in crate::store) async fn end_guest_statement(&mut self) -> Result<bool> {
         let writer = self.slot.as_mut().ok_or(sqlx::Error::WorkerCrashed);
         let dismissed = async {
             let writer = writer?;
@@ -244,7 +245,11 @@ impl Session {
     }
 
     /// Runs statements of the platform that return no rows.
-    pub(super) async fn run(&mut self, statements: String, context: &'static str) -> Result<()> {
+    pub(in crate::store) async fn run(
+        &mut self,
+        statements: String,
+        context: &'static str,
+    ) -> Result<()> {
         let ran = match self.connection() {
             Ok(connection) => raw_sql(AssertSqlSafe(statements))
                 .execute(connection)
@@ -263,12 +268,12 @@ impl Session {
 
     /// Clears the statement cache. Statements prepared before a migration must not be used after
     /// it.
-    pub(super) async fn clear_statement_cache(&mut self) -> sqlx::Result<()> {
+    pub(in crate::store) async fn clear_statement_cache(&mut self) -> sqlx::Result<()> {
         self.connection()?.clear_cached_statements().await
     }
 
     /// Commits. SQLite returns an error if there is no transaction any more.
-    pub(super) async fn commit(mut self) -> Result<()> {
+    pub(in crate::store) async fn commit(mut self) -> Result<()> {
         self.allow_commit(true);
         let committed = match self.connection() {
             Ok(connection) => raw_sql("commit").execute(connection).await.map(|_| ()),
@@ -288,7 +293,7 @@ impl Session {
     }
 
     /// Rolls back. If that fails, the connection is closed, unless SQLite had already rolled back.
-    pub(super) async fn rollback(mut self) {
+    pub(in crate::store) async fn rollback(mut self) {
         let rolled_back = match self.connection() {
             Ok(connection) => raw_sql("rollback").execute(connection).await.map(|_| ()),
             Err(error) => Err(error),

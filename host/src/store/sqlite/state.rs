@@ -2,16 +2,15 @@
 
 use anyhow::{Context, anyhow};
 use sqlx::Row;
-use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::sqlite::SqliteRow;
 
-use super::errors::{self, Doing};
+use super::errors;
 use super::session::Session;
-use crate::store::{
-    Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared,
-};
+use crate::store::error::Doing as _;
+use crate::store::{Result, StateSlot, StateWrite, StoreError, shared};
 
 /// The current slots of keys.
-pub(super) async fn load(
+pub(in crate::store) async fn load(
     session: &mut Session,
     worker: &str,
     keys: &[String],
@@ -39,7 +38,11 @@ pub(super) async fn load(
 }
 
 /// Writes keys that still have the version that was read.
-pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWrite]) -> Result<()> {
+pub(in crate::store) async fn save(
+    session: &mut Session,
+    worker: &str,
+    writes: &[StateWrite],
+) -> Result<()> {
     for write in writes {
         if !save_one(session, worker, write).await? {
             return Err(StoreError::Conflict(anyhow!(
@@ -73,43 +76,4 @@ async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Re
         .await
         .doing("save state")?;
     Ok(result.rows_affected() == 1)
-}
-
-/// The complete value of a key.
-pub(super) async fn entry(
-    readers: &SqlitePool,
-    worker: &str,
-    key: &str,
-) -> Result<Option<StateRecord>> {
-    let row = sqlx::query(
-        "select key, version, length(value) as size, updated_at, value from oncely_state
-         where worker = $1 and key = $2 and value is not null",
-    )
-    .bind(worker)
-    .bind(key)
-    .fetch_optional(readers)
-    .await
-    .doing("read state")?;
-    row.as_ref().map(rows::state).transpose()
-}
-
-/// Values whose keys begin with `prefix`, by key, each cut to a preview.
-pub(super) async fn entries(
-    readers: &SqlitePool,
-    worker: &str,
-    prefix: &str,
-    limit: u32,
-) -> Result<Vec<StateRecord>> {
-    let rows = sqlx::query(
-        "select key, version, length(value) as size, updated_at, substr(value, 1, $4) as value from oncely_state
-         where worker = $1 and substr(key, 1, length($2)) = $2 and value is not null order by key limit $3",
-    )
-    .bind(worker)
-    .bind(prefix)
-    .bind(limit)
-    .bind(STATE_PREVIEW)
-    .fetch_all(readers)
-    .await
-    .doing("list state")?;
-    Ok(rows::list(&rows, rows::state))
 }

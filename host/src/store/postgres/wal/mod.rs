@@ -13,8 +13,8 @@ use sqlx::Row;
 
 pub(super) use self::connection::Replication;
 use self::snapshot::Snapshot;
-use super::errors::Doing;
 use super::session::{Purpose, Session, Sessions};
+use crate::store::error::Doing as _;
 use crate::store::{
     Lsn, OutboxRow, OutputWal, Result, StoreError, SwitchProgress, WalReader, WalState,
 };

@@ -8,10 +8,10 @@ use anyhow::{Context, anyhow};
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::super::errors::Doing;
 use super::super::session::{Purpose, Session, Sessions};
 use super::slot;
 use crate::fault;
+use crate::store::error::Doing as _;
 use crate::store::{RelayMode, Result, SlotState, StoreError, SwitchProgress, WalState, shared};
 
 /// How many outputs are moved from the WAL to polling per step.

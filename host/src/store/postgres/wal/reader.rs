@@ -1,6 +1,6 @@
 //! The reader: the one connection that receives the WAL.
 
-use super::super::errors::Doing;
+use crate::store::error::Doing as _;
 use anyhow::{Context, anyhow};
 use async_trait::async_trait;
 use jiff::Timestamp;

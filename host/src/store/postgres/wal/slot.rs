@@ -4,10 +4,10 @@
 use anyhow::{anyhow, ensure};
 use sqlx::Row;
 
-use super::super::errors::Doing;
 use super::super::session::{Purpose, Session, Sessions};
 use crate::model::hint::WithHint;
 use crate::store::Result;
+use crate::store::error::Doing as _;
 
 /// The name of the publication, which belongs to the database.
 pub(super) const PUBLICATION: &str = "oncely_outbox";
