@@ -360,6 +360,42 @@ fn the_first_worker_guide_runs_as_shown() -> Result<()> {
     )
 }
 
+/// The handler and the tests of the guide to Python run together.
+#[test]
+fn the_python_guide_runs_as_shown() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let guide = std::fs::read_to_string(repository().join("docs/python.md"))?;
+    let mut files = 0;
+    for block in blocks(&guide) {
+        let Some((kind, name)) = &block.annotation else {
+            continue;
+        };
+        ensure!(kind == "file", "unexpected annotation {kind}");
+        std::fs::write(folder.path().join(name), &block.text)?;
+        files += 1;
+    }
+    ensure!(files == 2, "found {files} files");
+    let migrations = folder.path().join("migrations");
+    std::fs::create_dir(&migrations)?;
+    std::fs::write(
+        migrations.join("1.sql"),
+        "create table orders (id text primary key, total text not null)",
+    )?;
+    let tested = Command::new("python3")
+        .args(["-m", "unittest"])
+        .current_dir(folder.path())
+        .env("PYTHONPATH", repository().join("guest-sdk/python"))
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .output()
+        .context("run python3")?;
+    let said = String::from_utf8_lossy(&tested.stderr);
+    ensure!(
+        tested.status.success() && said.contains("Ran 2 tests"),
+        "{said}"
+    );
+    Ok(())
+}
+
 #[test]
 fn the_on_call_session_runs_as_shown() -> Result<()> {
     let beside = tempfile::tempdir()?;

@@ -31,6 +31,7 @@ mod cache;
 mod cli;
 mod client;
 mod compile;
+mod conformance;
 mod crash;
 mod delivery;
 mod deploy;

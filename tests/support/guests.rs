@@ -41,13 +41,39 @@ pub fn totals_component() -> Result<PathBuf> {
 /// SDK.
 pub fn python_http_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
-    let built = BUILT.get_or_init(|| build_python_http().map_err(|error| format!("{error:#}")));
+    let built = BUILT.get_or_init(|| {
+        let wit = wasi_http_wit().map_err(|error| format!("{error:#}"))?;
+        build_python("python-http", &wit, "wasi:http/proxy@0.2.12")
+            .map_err(|error| format!("{error:#}"))
+    });
     built.clone().map_err(anyhow::Error::msg)
 }
 
-fn build_python_http() -> Result<PathBuf> {
-    let source = repository().join("tests/python-http");
-    let out = target_dir()?.join("python-http.wasm");
+/// The component of `tests/python-guest`: the behaviours of the conformance suite.
+pub fn python_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        build_python("python-guest", &repository().join("wit"), "worker")
+            .map_err(|error| format!("{error:#}"))
+    });
+    built.clone().map_err(anyhow::Error::msg)
+}
+
+/// The program that makes components of Python.
+pub fn componentize_py() -> PathBuf {
+    let tools = repository().join("target/tools/bin/componentize-py");
+    if tools.exists() {
+        tools
+    } else {
+        PathBuf::from("componentize-py")
+    }
+}
+
+/// Builds the component of a folder in `tests`, with the SDK on its path.
+fn build_python(folder: &str, wit: &Path, world: &str) -> Result<PathBuf> {
+    let source = repository().join("tests").join(folder);
+    let sdk = repository().join("guest-sdk/python");
+    let out = target_dir()?.join(format!("{folder}.wasm"));
 
     // Embedding the interpreter and compiling takes half a minute, so a fresh component is reused.
     let made = |path: &Path| {
@@ -55,22 +81,21 @@ fn build_python_http() -> Result<PathBuf> {
             .and_then(|file| file.modified())
             .ok()
     };
-    if made(&out)
-        .is_some_and(|built| made(&source.join("app.py")).is_some_and(|written| written < built))
-    {
+    let mut sources = vec![source.join("app.py")];
+    for file in std::fs::read_dir(sdk.join("oncely")).context("list the SDK")? {
+        sources.push(file.context("list the SDK")?.path());
+    }
+    let newest = sources.iter().filter_map(|path| made(path)).max();
+    if made(&out).is_some_and(|built| newest.is_some_and(|written| written < built)) {
         return Ok(out);
     }
-    let tools = repository().join("target/tools/bin/componentize-py");
-    let program = if tools.exists() {
-        tools
-    } else {
-        PathBuf::from("componentize-py")
-    };
     let partial = out.with_extension("partial");
-    let output = Command::new(program)
+    let output = Command::new(componentize_py())
         .arg("-d")
-        .arg(wasi_http_wit()?)
-        .args(["-w", "wasi:http/proxy@0.2.12", "componentize", "app", "-o"])
+        .arg(wit)
+        .args(["-w", world, "componentize", "app", "-p", ".", "-p"])
+        .arg(&sdk)
+        .arg("-o")
         .arg(&partial)
         .current_dir(&source)
         .env("PYTHONDONTWRITEBYTECODE", "1")

@@ -212,6 +212,9 @@ const UNREACHABLE: &str = "the handler panicked or reached code that cannot be r
 /// Maximum length of a panic message, in characters.
 const PANIC_MESSAGE_MAX: usize = 500;
 
+/// The panic of componentize-py's runtime after an exception, whose traceback it prints before.
+const PYTHON_PANIC: &str = "Python function threw an unexpected exception";
+
 /// Finds the panic message in the log output: of a Rust or Go panic, or the exception of another
 /// language.
 fn panic_message(logs: &str) -> Option<String> {
@@ -229,7 +232,8 @@ fn panic_message(logs: &str) -> Option<String> {
     let rust = lines
         .iter()
         .rposition(|line| line.contains(" panicked at "))
-        .and_then(after);
+        .and_then(after)
+        .filter(|message| !message.starts_with(PYTHON_PANIC));
     let go = || {
         lines
             .iter()
@@ -243,7 +247,6 @@ fn panic_message(logs: &str) -> Option<String> {
         lines
             .get(at + 1..)?
             .iter()
-            .rev()
             .find(|line| !line.trim().is_empty() && !line.starts_with(' '))
             .copied()
     };
@@ -297,6 +300,10 @@ mod tests {
         let python = "x\nTraceback (most recent call last):\n  File \"app.py\", line 3, in handle\n    raise ValueError(\"no\")\n\
             ValueError: no\n";
         assert_eq!(words(python), "ValueError: no");
+        let runtime = format!(
+            "{python}\nthread '<unnamed>' panicked at runtime/src/lib.rs:1:2:\n{PYTHON_PANIC}\nnote: run with `X`\n"
+        );
+        assert_eq!(words(&runtime), "ValueError: no");
         assert_eq!(
             words("Uncaught TypeError: x is undefined\n    at handle (app.js:3)\n"),
             "Uncaught TypeError: x is undefined"

@@ -32,6 +32,7 @@ mod sleep;
 mod slow;
 mod spin;
 mod sql_text;
+mod sql_values;
 mod state_append;
 mod state_cas;
 mod state_counter;
@@ -76,6 +77,7 @@ fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
         "slow" => slow::run(message),
         "spin" => spin::run(),
         "sql_text" => sql_text::run(message),
+        "sql_values" => sql_values::run(message),
         "state_append" => state_append::run(message),
         "state_cas" => state_cas::run(message),
         "state_counter" => state_counter::run(message),
