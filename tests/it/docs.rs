@@ -156,6 +156,8 @@ impl Terminal {
             .args(["-c", command])
             .current_dir(&self.folder)
             .env("PATH", &self.path)
+            // The sessions deploy their changes themselves.
+            .env("ONCELY_NO_WATCH", "true")
             .env("NO_COLOR", "1");
         // The workers share a target folder with all other guests.
         let target = target_dir()?;

@@ -43,6 +43,7 @@ mod ids;
 mod ingress;
 mod ledger;
 mod metrics;
+mod new;
 mod operating;
 mod order;
 mod positions;

@@ -174,6 +174,7 @@ impl World {
                 &self.http,
                 "--http-publish",
                 "in.>,out.>",
+                "--no-watch",
                 "--nats",
                 nats_url,
                 "--database",

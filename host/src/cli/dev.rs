@@ -1,13 +1,16 @@
 //! `oncely dev`: all of Oncely on this machine without setup: SQLite, a child nats-server, your
 //! workers.
 
+use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Args;
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
+use tokio::task::AbortHandle;
 
 use super::build::{BuiltComponent, ToolchainArg};
 use super::client::{DATA_DIR, make_data_dir};
@@ -16,10 +19,13 @@ use super::lock::Lock;
 use super::serve::{HostProcess, StopReason, init_logging, listen, listen_for_http};
 use super::signals::Signals;
 use super::term;
+use super::watch::Sources;
 use crate::bus::EmbeddedServer;
 use crate::config::manifest::{FILE_NAME, Manifest};
 use crate::config::{HostConfig, HostFlags};
-use crate::runtime::deploy;
+use crate::consumer::VERDICT_LOG;
+use crate::model::units;
+use crate::runtime::{Host, deploy};
 
 /// How long the subscriptions of the workers may take.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -27,7 +33,8 @@ const READY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Run a host with all it needs on this machine.
 ///
 /// It uses SQLite in .oncely/ and a nats-server of its own, and deploys the workers of your
-/// manifests.
+/// manifests. When a file changes, it builds and deploys again. A broken build leaves the previous
+/// version running. On a terminal it shows the result of each message.
 #[derive(Debug, Args)]
 pub struct Dev {
     /// Deploy these manifests, or folders that contain an oncely.toml. Default: the manifest of
@@ -58,6 +65,9 @@ pub struct Dev {
     /// Allow POST /publish/SUBJECT for these subjects, separated by commas.
     #[arg(long, value_name = "SUBJECTS")]
     http_publish: Option<String>,
+    /// Do not build and deploy again when files change.
+    #[arg(long, env = "ONCELY_NO_WATCH")]
+    no_watch: bool,
     #[command(flatten)]
     toolchain: ToolchainArg,
 }
@@ -82,7 +92,12 @@ impl Dev {
         server: Option<&EmbeddedServer>,
     ) -> Result<()> {
         let config = self.config(data_dir, server)?;
-        init_logging(&config)?;
+        let verdicts = if std::io::stderr().is_terminal() {
+            format!("{VERDICT_LOG}=debug,")
+        } else {
+            String::new()
+        };
+        init_logging(&config, &verdicts)?;
         let _database = Lock::database(&config.database).await?;
         let mut signals = Signals::listen()?;
         while self.serve_once(&config, manifests, &mut signals).await?
@@ -109,7 +124,42 @@ impl Dev {
             _ = signals.received() => {}
             deployed = self.deploy_all(&host_process, config, manifests) => deployed?,
         }
-        host_process.run_until_stopped(signals).await
+        let watching = self.watch(&host_process)?;
+        let ended = host_process.run_until_stopped(signals).await;
+        watching.iter().for_each(AbortHandle::abort);
+        ended
+    }
+
+    /// Starts to build and deploy the manifests again when their files change.
+    fn watch(&self, host_process: &HostProcess) -> Result<Vec<AbortHandle>> {
+        if self.no_watch {
+            return Ok(Vec::new());
+        }
+        let mut watching = Vec::new();
+        for path in self.paths() {
+            let mut sources = Sources::of(&Manifest::load(&path)?);
+            let (host, toolchain) = (Arc::clone(&host_process.host), self.toolchain);
+            let task = tokio::spawn(async move {
+                while let Ok(changed) = sources.changed().await {
+                    let began = Instant::now();
+                    show_changed(&changed);
+                    // Whatever is wrong with the new sources, the previous version keeps running.
+                    match redeploy(&host, &path, toolchain).await {
+                        Ok(next) => {
+                            sources = next;
+                            let took = units::format_duration(began.elapsed());
+                            term::note(format!("deployed in {took}"));
+                        }
+                        Err(error) => {
+                            term::error(&error);
+                            term::note("the previous version keeps running");
+                        }
+                    }
+                }
+            });
+            watching.push(task.abort_handle());
+        }
+        Ok(watching)
     }
 
     /// Deploys the manifests, waits until their workers run, and prints the addresses.
@@ -120,7 +170,7 @@ impl Dev {
         manifests: &[Manifest],
     ) -> Result<()> {
         for manifest in manifests {
-            deploy_in_process(host_process, manifest, self.toolchain).await?;
+            deploy_in_process(&host_process.host, manifest, self.toolchain).await?;
         }
         host_process.host.reconcile().await?;
         host_process.ready(READY_TIMEOUT).await?;
@@ -132,14 +182,15 @@ impl Dev {
 
     /// The manifests on the command line, or the one of this folder.
     fn manifests(&self) -> Result<Vec<Manifest>> {
-        let current_dir = [PathBuf::from(".")];
-        let use_current_dir = self.manifests.is_empty() && Path::new(FILE_NAME).exists();
-        let paths: &[PathBuf] = if use_current_dir {
-            &current_dir
-        } else {
-            &self.manifests
-        };
+        let paths = self.paths();
         paths.iter().map(|path| Manifest::load(path)).collect()
+    }
+
+    fn paths(&self) -> Vec<PathBuf> {
+        if self.manifests.is_empty() && Path::new(FILE_NAME).exists() {
+            return vec![PathBuf::from(".")];
+        }
+        self.manifests.clone()
     }
 
     async fn nats_server(&self, data_dir: &Path) -> Result<Option<EmbeddedServer>> {
@@ -202,16 +253,40 @@ fn is_unset(flag: Option<&str>, variable: &str) -> bool {
     flag.is_none() && std::env::var_os(variable).is_none()
 }
 
+/// Builds and deploys a manifest again. Returns its sources from before the build: a change during
+/// the build is another change.
+async fn redeploy(host: &Host, path: &Path, toolchain: ToolchainArg) -> Result<Sources> {
+    let manifest = Manifest::load(path)?;
+    let sources = Sources::of(&manifest);
+    deploy_in_process(host, &manifest, toolchain).await?;
+    host.reconcile().await?;
+    Ok(sources)
+}
+
+/// Names the first changed files.
+fn show_changed(changed: &[PathBuf]) {
+    let names: Vec<String> = changed
+        .iter()
+        .take(3)
+        .map(|path| path.display().to_string())
+        .collect();
+    let more = match changed.len().saturating_sub(names.len()) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    term::note(format!("changed: {}{more}", names.join(", ")));
+}
+
 /// Builds and deploys the workers of a manifest in this process.
 async fn deploy_in_process(
-    host_process: &HostProcess,
+    host: &Host,
     manifest: &Manifest,
     toolchain: ToolchainArg,
 ) -> Result<()> {
     manifest.warnings().iter().for_each(term::warning);
-    let host = &host_process.host;
     for entry in &manifest.workers {
-        let built = BuiltComponent::build(entry, toolchain)?;
+        // The host handles messages meanwhile.
+        let built = tokio::task::block_in_place(|| BuiltComponent::build(entry, toolchain))?;
         let digest = hex::encode(Sha256::digest(&built.wasm));
         host.services
             .load(built.wasm.clone().into())

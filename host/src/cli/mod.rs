@@ -14,6 +14,7 @@ pub mod exit;
 mod json_text;
 mod lock;
 mod log_line;
+mod new;
 mod outbox;
 mod publish;
 mod recover;
@@ -25,6 +26,7 @@ mod signals;
 mod state;
 mod status;
 pub mod term;
+mod watch;
 
 /// The version and the commit, such as `0.1.0 (1a2b3c4d5e6f)`.
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("ONCELY_COMMIT"), ")");
@@ -39,6 +41,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    New(new::New),
     Dev(dev::Dev),
     Run(Box<run::Run>),
     Build(build::Build),
@@ -62,6 +65,7 @@ impl Cli {
     /// Runs the command.
     pub async fn run(self) -> anyhow::Result<()> {
         match self.command {
+            Command::New(new) => new.run(),
             Command::Dev(dev) => dev.run().await,
             Command::Run(run) => run.run().await,
             Command::Build(build) => build.run(),

@@ -312,8 +312,9 @@ fn unreachable(error: anyhow::Error) -> anyhow::Error {
 const DEFAULT_DIRECTIVES: &str = "async_nats=warn,sqlx=error,pgwire_replication=off";
 
 /// Sends log lines to standard error, in the configured format.
-pub fn init_logging(config: &HostConfig) -> Result<()> {
-    let filter: Targets = format!("{DEFAULT_DIRECTIVES},{}", config.log_level)
+/// `more` are directives that the configuration may override; empty for none.
+pub fn init_logging(config: &HostConfig, more: &str) -> Result<()> {
+    let filter: Targets = format!("{DEFAULT_DIRECTIVES},{more}{}", config.log_level)
         .parse()
         .context("read log_level")?;
     let log = tracing_subscriber::fmt::layer();

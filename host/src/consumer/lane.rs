@@ -270,6 +270,14 @@ impl Lane {
             self.delivery
                 .metrics
                 .verdict(&self.delivery.worker.name, verdict.as_str());
+            tracing::debug!(
+                target: VERDICT_LOG,
+                worker = self.delivery.worker.name,
+                subject = pending_message.message.subject,
+                event_id = pending_message.message.event_id,
+                verdict = verdict.as_str(),
+                "message handled"
+            );
             match verdict {
                 Verdict::Done(proof) => acknowledge(pending_message, proof).await,
                 Verdict::Duplicate(proof) => {
@@ -389,6 +397,9 @@ impl Lane {
         .await
     }
 }
+
+/// The target of the log lines on verdicts, one for each message.
+pub const VERDICT_LOG: &str = "oncely::verdict";
 
 /// Acknowledges a message. After a lost ack the message is redelivered and is a duplicate.
 async fn acknowledge(pending_message: PendingMessage, proof: Settled) {

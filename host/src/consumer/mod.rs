@@ -31,6 +31,7 @@ mod redrive;
 
 use concurrency_limit::ConcurrencyLimit;
 use in_flight::InFlightMessages;
+pub use lane::VERDICT_LOG;
 use lane::{Lane, PendingMessage, nack_all};
 use redelivery::RedeliveryBarrier;
 

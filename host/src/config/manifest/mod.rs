@@ -22,6 +22,7 @@ mod routes;
 mod state_keys;
 
 pub use migrations::WorkerMigration;
+pub use parse::check_worker_name;
 pub use routes::{CachePolicy, CacheScope, KeyRule, Route, StoreFailures};
 pub use state_keys::StateKey;
 

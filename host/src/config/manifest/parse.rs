@@ -611,7 +611,11 @@ fn values(found: Vec<Located<String>>) -> Vec<String> {
     found.into_iter().map(|found| found.value).collect()
 }
 
-fn check_worker_name(name: &str) -> Result<(), String> {
+/// Checks the name of a worker.
+///
+/// # Errors
+/// The name, and which characters it may have.
+pub fn check_worker_name(name: &str) -> Result<(), String> {
     let fits = (1..=NAME_MAX).contains(&name.len());
     if fits
         && name

@@ -1,0 +1,311 @@
+//! `oncely new`: a project for a worker, from a template inside this program.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, anyhow};
+use clap::{Args, ValueEnum};
+
+use super::exit::Exit;
+use super::term;
+use crate::config::manifest::check_worker_name;
+use crate::model::hint::WithHint;
+
+/// Make a project for a worker: a handler, its manifest, tables and tests.
+#[derive(Debug, Args)]
+pub struct New {
+    /// Name of the worker and of the folder: 1 to 63 characters of a-z, 0-9 and -.
+    #[arg(required_unless_present = "list")]
+    name: Option<String>,
+    /// Write the handler in this language.
+    #[arg(long, default_value = "rust")]
+    lang: Language,
+    /// List the languages, and the missing tools of each.
+    #[arg(long, conflicts_with_all = ["name", "lang"])]
+    list: bool,
+}
+
+/// A language with a template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Language {
+    Rust,
+    Python,
+}
+
+/// A program that builds or tests a project.
+struct Tool {
+    program: &'static str,
+    /// The command that installs it.
+    install: &'static str,
+}
+
+/// One file of a template: its path in the project, and its contents.
+type File = (&'static str, &'static str);
+
+/// The files of a folder, each at its path behind a prefix.
+macro_rules! files {
+    ($folder:literal => $prefix:literal: $($path:literal),+ $(,)?) => {
+        &[$((concat!($prefix, $path), include_str!(concat!("../../../", $folder, $path)))),+]
+    };
+}
+
+const RUST: &[File] = &[
+    (
+        "Cargo.toml",
+        include_str!("../../templates/rust/Cargo.toml"),
+    ),
+    ("src/lib.rs", include_str!("../../templates/rust/lib.rs")),
+    (
+        "oncely.toml",
+        include_str!("../../templates/rust/oncely.toml"),
+    ),
+    ("README.md", include_str!("../../templates/rust/README.md")),
+    (
+        "sdk/Cargo.toml",
+        include_str!("../../templates/rust/sdk.toml"),
+    ),
+    (".gitignore", "/target\n.oncely/\n"),
+];
+
+const RUST_SDK: &[File] = files! {
+    "guest-sdk/src/" => "sdk/src/":
+    "cache.rs", "config.rs", "failure.rs", "generated/batch_worker.rs", "generated/worker.rs",
+    "http.rs", "invocation.rs", "lib.rs", "log.rs", "message.rs", "outbox.rs", "sql.rs",
+    "sql/error.rs", "sql/row.rs", "sql/value.rs", "state.rs",
+};
+
+const PYTHON: &[File] = &[
+    ("app.py", include_str!("../../templates/python/app.py")),
+    (
+        "test_app.py",
+        include_str!("../../templates/python/test_app.py"),
+    ),
+    (
+        "oncely.toml",
+        include_str!("../../templates/python/oncely.toml"),
+    ),
+    (
+        "README.md",
+        include_str!("../../templates/python/README.md"),
+    ),
+    (".gitignore", "*.wasm\n.oncely/\n__pycache__/\n"),
+];
+
+const PYTHON_SDK: &[File] = files! {
+    "guest-sdk/python/" => "":
+    "oncely/__init__.py", "oncely/_backend.py", "oncely/_errors.py", "oncely/_handler.py",
+    "oncely/_message.py", "oncely/_payload.py", "oncely/_values.py", "oncely/_wasm.py",
+    "oncely/cache.py", "oncely/config.py", "oncely/invocation.py", "oncely/outbox.py",
+    "oncely/sql.py", "oncely/state.py", "oncely/testing.py",
+};
+
+const WIT: &[File] = files! {
+    "wit/" => "wit/":
+    "worker.wit", "deps/config/config.wit", "deps/logging/logging.wit",
+};
+
+const MIGRATIONS: &[File] = &[(
+    "migrations/0001_orders.sql",
+    include_str!("../../templates/0001_orders.sql"),
+)];
+
+impl Language {
+    /// Its sources, in which `{{name}}` stands for the name of the worker.
+    fn sources(self) -> &'static [File] {
+        match self {
+            Language::Rust => RUST,
+            Language::Python => PYTHON,
+        }
+    }
+
+    /// The files that a project has as they are.
+    fn libraries(self) -> &'static [&'static [File]] {
+        match self {
+            Language::Rust => &[RUST_SDK],
+            Language::Python => &[PYTHON_SDK, WIT],
+        }
+    }
+
+    fn tools(self) -> &'static [Tool] {
+        match self {
+            Language::Rust => &[Tool {
+                program: "cargo",
+                install: "install Rust with rustup, then: rustup target add wasm32-wasip2",
+            }],
+            Language::Python => &[
+                Tool {
+                    program: "python3",
+                    install: "install Python 3.10 or newer",
+                },
+                Tool {
+                    program: "componentize-py",
+                    install: "pip install componentize-py",
+                },
+            ],
+        }
+    }
+
+    fn name(self) -> String {
+        self.to_possible_value()
+            .map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    /// The command that runs the tests of a project.
+    fn test_command(self) -> &'static str {
+        match self {
+            Language::Rust => "cargo test",
+            Language::Python => "python3 -m unittest",
+        }
+    }
+
+    fn missing_tools(self) -> impl Iterator<Item = &'static Tool> {
+        self.tools().iter().filter(|tool| !tool.is_installed())
+    }
+}
+
+impl Tool {
+    fn is_installed(&self) -> bool {
+        Command::new(self.program)
+            .arg("--version")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .is_ok()
+    }
+}
+
+impl New {
+    pub fn run(self) -> Result<()> {
+        let Some(name) = self.name else {
+            return list();
+        };
+        check_name(&name)?;
+        let folder = PathBuf::from(&name);
+        create(&folder, &name, self.lang)?;
+
+        term::data(format!(
+            "made the folder {name}. Next:\n  cd {name}\n  {}\n  oncely dev\n  \
+             oncely publish {name}.new '{{\"id\": \"o1\", \"cents\": 500}}'",
+            self.lang.test_command()
+        ))?;
+        for tool in self.lang.missing_tools() {
+            term::warning(format!("{} is missing: {}", tool.program, tool.install));
+        }
+        Ok(())
+    }
+}
+
+fn list() -> Result<()> {
+    for language in Language::value_variants() {
+        let missing: Vec<String> = language
+            .missing_tools()
+            .map(|tool| format!("{} is missing: {}", tool.program, tool.install))
+            .collect();
+        let state = if missing.is_empty() {
+            "its tools are installed".to_owned()
+        } else {
+            missing.join("; ")
+        };
+        term::data(format!("{:<8} {state}", language.name()))?;
+    }
+    Ok(())
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let usage = |error: String| anyhow::Error::new(Exit::Usage.with_message(error));
+    check_worker_name(name).map_err(usage)?;
+    if !name.starts_with(|first: char| first.is_ascii_lowercase()) || name.ends_with('-') {
+        return Err(usage(format!(
+            "`{name}` cannot name a project: it has to begin with a-z, and must not end with -"
+        )))
+        .hint("oncely new orders");
+    }
+    Ok(())
+}
+
+/// Writes the files of a project into a new or empty folder.
+fn create(folder: &Path, name: &str, language: Language) -> Result<()> {
+    let is_used = folder.exists()
+        && std::fs::read_dir(folder)
+            .map(|mut files| files.next().is_some())
+            .unwrap_or(true);
+    if is_used {
+        return Err(anyhow!("{} exists and is not empty", folder.display()))
+            .hint("choose another name, or remove the folder");
+    }
+    for (path, contents) in language.sources() {
+        let contents = contents
+            .replace("{{name}}", name)
+            .replace("{{NAME}}", &name.to_uppercase())
+            .replace("{{version}}", env!("CARGO_PKG_VERSION"));
+        write(&folder.join(path), &contents)?;
+    }
+    for (path, contents) in language.libraries().iter().copied().flatten() {
+        write(&folder.join(path), contents)?;
+    }
+    for (path, contents) in MIGRATIONS {
+        write(&folder.join(path), contents)?;
+    }
+    Ok(())
+}
+
+fn write(path: &Path, contents: &str) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("create the folder {}", folder.display()))?;
+    }
+    std::fs::write(path, contents).with_context(|| format!("write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files_below(folder: &Path) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut folders = vec![folder.to_owned()];
+        while let Some(next) = folders.pop() {
+            for entry in std::fs::read_dir(next).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.extension().is_none_or(|extension| extension != "pyc") {
+                    let below = path.strip_prefix(folder).unwrap();
+                    found.push(below.to_str().unwrap().to_owned());
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
+    #[test]
+    fn a_project_has_all_files_of_its_sdk() {
+        for (folder, prefix, listed) in [
+            ("guest-sdk/src", "sdk/src/", RUST_SDK),
+            ("guest-sdk/python", "", PYTHON_SDK),
+            ("wit", "wit/", WIT),
+        ] {
+            let path = format!("{}/../{folder}", env!("CARGO_MANIFEST_DIR"));
+            let mut listed: Vec<&str> = listed
+                .iter()
+                .map(|(path, _)| path.strip_prefix(prefix).unwrap())
+                .collect();
+            listed.sort_unstable();
+            assert_eq!(listed, files_below(Path::new(&path)), "{folder}");
+        }
+    }
+
+    #[test]
+    fn a_used_folder_and_a_bad_name_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("file"), "").unwrap();
+        let error = create(folder.path(), "orders", Language::Rust).unwrap_err();
+        assert!(error.to_string().contains("is not empty"), "{error}");
+        for bad in ["", "Orders", "1st", "a b", "../x", "-a", "a-"] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+        assert!(check_name("orders-2").is_ok());
+    }
+}
