@@ -72,9 +72,9 @@ struct Options {
     /// Run each mutant of the host; the checker must catch every one.
     #[arg(long)]
     mutants: bool,
-    /// Run only this mutant.
+    /// Run only this mutant; repeat for several.
     #[arg(long, requires = "mutants")]
-    mutant: Option<String>,
+    mutant: Vec<String>,
     /// Runs of each mutant, each with its own seed. The mutant must be caught every time.
     #[arg(long, default_value_t = 1, requires = "mutants")]
     times: u64,
@@ -378,10 +378,11 @@ async fn run_mutants(options: &Options) -> Result<bool> {
     // Plan
     let seed = options.seed.unwrap_or(7);
     let mut mutants = vec![NO_MUTANT.to_owned()];
-    mutants.extend(all_mutants()?.into_iter().filter(|name| {
-        let chosen = options.mutant.as_ref();
-        chosen.is_none_or(|mutant| mutant == name)
-    }));
+    mutants.extend(
+        all_mutants()?
+            .into_iter()
+            .filter(|name| options.mutant.is_empty() || options.mutant.contains(name)),
+    );
     ensure!(
         mutants.len() > 1,
         "there is no such mutant in tests/mutants"
@@ -459,12 +460,10 @@ async fn run_mutants(options: &Options) -> Result<bool> {
         mutants.len() - 1,
         options.times
     );
-    let file = options
-        .mutant
-        .as_ref()
-        .map_or("mutants.json".to_owned(), |mutant| {
-            format!("mutant-{mutant}.json")
-        });
+    let file = match options.mutant.as_slice() {
+        [mutant] => format!("mutant-{mutant}.json"),
+        _ => "mutants.json".to_owned(),
+    };
     write(
         &file,
         &json!({ "seed": seed, "times": options.times, "caught": caught, "mutants": mutants.len() - 1, "rows": rows }),
