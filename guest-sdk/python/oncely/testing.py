@@ -139,7 +139,7 @@ class Host:
         try:
             return self.database.execute(statement, forms)
         except sqlite3.IntegrityError as error:
-            code = str(error.sqlite_errorcode)
+            code = str(getattr(error, "sqlite_errorcode", 19))
             raise sql.ConstraintViolation(str(error), code=code, constraint=None) from error
         except sqlite3.Error as error:
             raise sql.SqlError("query-failed", str(error)) from error

@@ -135,7 +135,7 @@ impl Language {
             Language::Python => &[
                 Tool {
                     program: "python3",
-                    install: "install Python 3.10 or newer",
+                    install: "install Python 3.11 or newer",
                 },
                 Tool {
                     program: "componentize-py",
