@@ -50,7 +50,10 @@ pub(super) fn sqlx_error(cause: &anyhow::Error) -> Option<&sqlx::Error> {
 
 /// Whether an operation failed because all connections of this host were in use.
 pub(crate) fn is_busy(cause: &anyhow::Error) -> bool {
-    matches!(sqlx_error(cause), Some(sqlx::Error::PoolTimedOut))
+    let is_full = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(Cause(sqlx::Error::PoolTimedOut)))
+    };
+    cause.chain().any(is_full)
 }
 
 /// Context of a connection error that ended a guest's statement.
@@ -103,5 +106,28 @@ pub(super) fn from_statement(error: sqlx::Error, context: &'static str) -> Store
     match database.and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) {
         Some(_) => postgres::errors::from_statement(error, context),
         None => sqlite::errors::from_statement(error, context),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_pool_is_recognised_and_no_text_is_said_twice() {
+        let error = from_statement(sqlx::Error::PoolTimedOut, "read the outbox");
+        let StoreError::Unavailable(cause) = &error else {
+            unreachable!("{error:?}");
+        };
+        assert!(is_busy(cause));
+        // Callers wrap the error of the store.
+        let wrapped = anyhow::Error::from(error).context("write a report");
+        assert!(is_busy(&wrapped));
+        assert!(!is_busy(&anyhow::anyhow!("no")));
+
+        let broken = std::io::Error::other("broken pipe");
+        let error = anyhow::Error::from(from_statement(sqlx::Error::Io(broken), "commit"));
+        let text = format!("{error:#}");
+        assert_eq!(text.matches("broken pipe").count(), 1, "{text}");
     }
 }
