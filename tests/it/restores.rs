@@ -125,6 +125,30 @@ async fn world(kind: Kind) -> Result<World> {
     Ok(world)
 }
 
+// The streams have no last message at the time of the backup.
+both!(
+    a_backup_from_before_the_first_message_is_recovered,
+    |kind: Kind| async move {
+        let mut world = world(kind).await?;
+        let watermark = "select count(*) from oncely.watermark where stream_sequence is not null and broker_state like '%\"IN\"%'";
+        world.until_at_least(watermark, 1).await?;
+        let backup = back_up_database(&mut world).await?;
+        settle_events(&world, 0..10, 10).await?;
+        world.stop_host().await?;
+
+        world.database = backup;
+        world.spawn_host()?;
+        world
+            .not_ready("the database was restored to an earlier time than NATS")
+            .await?;
+        let done = world.oncely_json(&["recover", "--json"]).await?;
+        assert_eq!(done["done"], true, "{done}");
+        world.ready().await?;
+        world.quiet(10).await?;
+        check_effects_and_outputs(&world, 10).await
+    }
+);
+
 both!(
     a_restored_database_is_detected_and_recovered,
     |kind: Kind| async move {

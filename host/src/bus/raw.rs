@@ -184,6 +184,10 @@ impl Bus {
     }
 
     async fn raw_message_at(&self, stream: &str, sequence: u64) -> Result<Option<RawMessage>> {
+        // The sequence of a stream that was empty; the server takes it for a missing one.
+        if sequence == 0 {
+            return Ok(None);
+        }
         let query = json!({ "seq": sequence });
         self.get_raw_message(stream, query)
             .await
