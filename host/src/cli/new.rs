@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
 
+use super::cargo::Target;
 use super::exit::Exit;
 use super::term;
 use crate::config::manifest::check_worker_name;
@@ -109,6 +110,9 @@ const MIGRATIONS: &[File] = &[(
     include_str!("../../templates/0001_orders.sql"),
 )];
 
+/// The command for a Rust that cannot build components yet.
+const WASM_TARGET: &str = "rustup target add wasm32-wasip2";
+
 impl Language {
     /// Its sources, in which `{{name}}` stands for the name of the worker.
     fn sources(self) -> &'static [File] {
@@ -158,8 +162,19 @@ impl Language {
         }
     }
 
-    fn missing_tools(self) -> impl Iterator<Item = &'static Tool> {
-        self.tools().iter().filter(|tool| !tool.is_installed())
+    /// The tools that are missing, each with how to install it.
+    fn missing_tools(self) -> Vec<String> {
+        let missing = self.tools().iter().filter(|tool| !tool.is_installed());
+        let mut missing: Vec<String> = missing
+            .map(|tool| format!("{} is missing: {}", tool.program, tool.install))
+            .collect();
+        if self == Language::Rust
+            && missing.is_empty()
+            && Target::installed(Path::new(".")).is_empty()
+        {
+            missing.push(format!("Rust cannot build for WebAssembly: {WASM_TARGET}"));
+        }
+        missing
     }
 }
 
@@ -189,19 +204,14 @@ impl New {
              oncely publish {name}.new '{{\"id\": \"o1\", \"cents\": 500}}'",
             self.lang.test_command()
         ))?;
-        for tool in self.lang.missing_tools() {
-            term::warning(format!("{} is missing: {}", tool.program, tool.install));
-        }
+        self.lang.missing_tools().iter().for_each(term::warning);
         Ok(())
     }
 }
 
 fn list() -> Result<()> {
     for language in Language::value_variants() {
-        let missing: Vec<String> = language
-            .missing_tools()
-            .map(|tool| format!("{} is missing: {}", tool.program, tool.install))
-            .collect();
+        let missing = language.missing_tools();
         let state = if missing.is_empty() {
             "its tools are installed".to_owned()
         } else {
@@ -214,7 +224,9 @@ fn list() -> Result<()> {
 
 fn check_name(name: &str) -> Result<()> {
     let usage = |error: String| anyhow::Error::new(Exit::Usage.with_message(error));
-    check_worker_name(name).map_err(usage)?;
+    check_worker_name(name)
+        .map_err(usage)
+        .hint("oncely new orders")?;
     if !name.starts_with(|first: char| first.is_ascii_lowercase()) || name.ends_with('-') {
         return Err(usage(format!(
             "`{name}` cannot name a project: it has to begin with a-z, and must not end with -"
