@@ -16,14 +16,22 @@ pub(super) async fn append(db: &mut Db, outputs: &[(String, Output)]) -> Result<
         .iter()
         .map(|(worker, output)| (worker.as_str(), output))
         .collect();
-    match db.session()? {
-        Session::Postgres(session) => {
-            postgres::outbox::append(session, &outputs, shared::NOTICE_LEASE).await
-        }
-        Session::Sqlite(session) => {
-            sqlite::outbox::append(session, &outputs, shared::NOTICE_LEASE).await
-        }
-    }
+    append_for(db.session()?, &outputs, shared::NOTICE_LEASE).await
+}
+
+/// Appends outputs, each with its worker, in order. Those that are due at once are leased to this
+/// host for `lease` and returned, each after the earlier ones of its key.
+pub(super) async fn append_for(
+    session: Session<'_>,
+    outputs: &[(&str, &Output)],
+    lease: Duration,
+) -> Result<Vec<OutboxRow>> {
+    let mut appended = match session {
+        Session::Postgres(session) => postgres::outbox::append(session, outputs, lease).await?,
+        Session::Sqlite(session) => sqlite::outbox::append(session, outputs, lease).await?,
+    };
+    OutboxRow::chain(&mut appended);
+    Ok(appended)
 }
 
 /// Leases outputs that are due; see [`super::Store::lease_outputs`].

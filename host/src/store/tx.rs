@@ -3,15 +3,17 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
+use anyhow::anyhow;
 use sqlx::sqlite::SqlitePool;
 
+use super::db::Session;
 use super::guest_statement::StatementOutcome;
 use super::postgres::changes::CountsByTable;
 use super::shared::Savepoint;
 use super::sqlite::changes::ChangeTracker;
 use super::{
     Changes, Claim, Claimed, ClaimedRequest, OutboxRow, Output, Result, StateSlot, StateWrite,
-    StoreError, postgres, shared, sqlite,
+    StoreError, outputs, postgres, shared, sqlite,
 };
 use crate::model::request::{HttpResponse, RequestKey};
 use crate::model::sql::{Rows, SqlError, SqlLimits, Value};
@@ -206,6 +208,12 @@ impl Tx {
                 sqlite::requests::store_response(session, worker, request, response, keep).await
             }
         };
+        let kept = kept.and_then(|is_kept| match is_kept {
+            true => Ok(()),
+            false => Err(StoreError::Conflict(anyhow!(
+                "the idempotency key was answered by another transaction"
+            ))),
+        });
         self.record_guest_values(kept)
     }
 
@@ -327,16 +335,15 @@ impl Tx {
         lease: Duration,
     ) -> Result<Vec<OutboxRow>> {
         self.check()?;
-        let outputs: Vec<(&str, &Output)> = outputs
+        let sent: Vec<(&str, &Output)> = outputs
             .iter()
             .map(|output| (self.worker.as_str(), output))
             .collect();
-        let appended = match &mut self.database {
-            Database::Postgres(tx) => {
-                postgres::outbox::append(&mut tx.session, &outputs, lease).await
-            }
-            Database::Sqlite(tx) => sqlite::outbox::append(&mut tx.session, &outputs, lease).await,
+        let session = match &mut self.database {
+            Database::Postgres(tx) => Session::Postgres(&mut tx.session),
+            Database::Sqlite(tx) => Session::Sqlite(&mut tx.session),
         };
+        let appended = outputs::append_for(session, &sent, lease).await;
         self.record_guest_values(appended)
     }
 

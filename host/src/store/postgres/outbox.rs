@@ -41,7 +41,6 @@ pub(in crate::store) async fn append(
             ));
         }
     }
-    OutboxRow::chain(&mut appended);
     Ok(appended)
 }
 

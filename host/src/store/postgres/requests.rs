@@ -3,15 +3,13 @@
 
 use std::time::Duration;
 
-use anyhow::anyhow;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::errors;
 use super::session::Session;
 use crate::model::request::{HttpResponse, RequestKey};
 use crate::store::error::Doing as _;
-use crate::store::{ClaimedRequest, Result, StoreError, shared};
+use crate::store::{ClaimedRequest, Result, shared};
 
 /// Claims a key for the transaction. Does not wait for another transaction that has it.
 pub(in crate::store) async fn claim(
@@ -60,14 +58,14 @@ fn response(row: &PgRow) -> Result<HttpResponse> {
     shared::stored_response(status.into(), &headers, body)
 }
 
-/// Stores the response to a key that this transaction claimed.
+/// Stores the response, and returns whether it is the first one to its key.
 pub(in crate::store) async fn store_response(
     session: &mut Session,
     worker: &str,
     request: &RequestKey,
     response: &HttpResponse,
     keep: Duration,
-) -> Result<()> {
+) -> Result<bool> {
     let query = session
         .query("select oncely_definer.store_response($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)");
     let row = query
@@ -84,14 +82,5 @@ pub(in crate::store) async fn store_response(
         .fetch_one(session.connection())
         .await
         .doing("store a response")?;
-    match row.try_get(0) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(StoreError::Conflict(anyhow!(
-            "the idempotency key was answered by another transaction"
-        ))),
-        Err(error) => Err(errors::from_statement(
-            error,
-            "read whether a response was stored",
-        )),
-    }
+    row.try_get(0).doing("read whether a response was stored")
 }

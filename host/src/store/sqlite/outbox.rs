@@ -64,7 +64,6 @@ pub(in crate::store) async fn append(
             ));
         }
     }
-    OutboxRow::chain(&mut appended);
     Ok(appended)
 }
 

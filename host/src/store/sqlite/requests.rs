@@ -3,7 +3,6 @@
 
 use std::time::Duration;
 
-use anyhow::anyhow;
 use jiff::Timestamp;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
@@ -11,7 +10,7 @@ use sqlx::sqlite::SqliteRow;
 use super::session::Session;
 use crate::model::request::{HttpResponse, RequestKey};
 use crate::store::error::Doing as _;
-use crate::store::{ClaimedRequest, Result, StoreError, shared};
+use crate::store::{ClaimedRequest, Result, shared};
 
 /// The stored response to a key, if any.
 pub(in crate::store) async fn claim(
@@ -50,14 +49,14 @@ pub(in crate::store) async fn claim(
     shared::stored_response(status, &headers, body).map(ClaimedRequest::Answered)
 }
 
-/// Stores the response to a key that this transaction claimed.
+/// Stores the response to a key. Returns false if another transaction answered it.
 pub(in crate::store) async fn store_response(
     session: &mut Session,
     worker: &str,
     request: &RequestKey,
     response: &HttpResponse,
     keep: Duration,
-) -> Result<()> {
+) -> Result<bool> {
     let now = Timestamp::now().as_microsecond();
     let kept = sqlx::query(
         "insert into oncely_request (worker, route, caller, key, fingerprint, status, headers, body, answered_at, expires_at)
@@ -80,10 +79,5 @@ pub(in crate::store) async fn store_response(
     .execute(session.connection().doing("store a response")?)
     .await
     .doing("store a response")?;
-    if kept.rows_affected() == 1 {
-        return Ok(());
-    }
-    Err(StoreError::Conflict(anyhow!(
-        "the idempotency key was answered by another transaction"
-    )))
+    Ok(kept.rows_affected() == 1)
 }

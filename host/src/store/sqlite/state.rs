@@ -1,11 +1,12 @@
 //! Keyed state of workers.
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
 use super::errors;
 use super::session::Session;
+use crate::store::db::read_rows;
 use crate::store::error::Doing as _;
 use crate::store::{Result, StateSlot, StateWrite, StoreError, shared};
 
@@ -33,8 +34,7 @@ pub(in crate::store) async fn load(
             shared::state_slot(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?),
         ))
     };
-    let slots: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
-    slots.context("read state").map_err(StoreError::Unavailable)
+    read_rows(&rows, "read state", read)
 }
 
 /// Writes keys that still have the version that was read.
