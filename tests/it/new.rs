@@ -1,7 +1,7 @@
 //! An author's day: `oncely new` makes a project that tests, builds, deploys and handles a message
 //! as it is, and `oncely dev` deploys each change.
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use support::database::Kind;
@@ -88,16 +88,6 @@ async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> 
         })
 }
 
-/// A process that ends with the test.
-struct Ending(Child);
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dev_deploys_each_change_and_survives_a_broken_one() -> Result<()> {
     let world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
@@ -108,24 +98,23 @@ async fn dev_deploys_each_change_and_survives_a_broken_one() -> Result<()> {
     write(&labelled("one")?)?;
     let log_file = world.folder.path().join("dev.log");
     let log = std::fs::File::create(&log_file)?;
-    let _dev = Ending(
-        Command::new(guests::oncely()?)
-            .args([
-                "dev",
-                "app",
-                "--listen",
-                "127.0.0.1:0",
-                "--http",
-                "127.0.0.1:0",
-            ])
-            .args(["--nats", &world.nats.url()])
-            .current_dir(world.folder.path())
-            .env("ONCELY_LOG_LEVEL", "info,oncely::verdict=debug")
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()?,
-    );
+    let _dev = tokio::process::Command::new(guests::oncely()?)
+        .args([
+            "dev",
+            "app",
+            "--listen",
+            "127.0.0.1:0",
+            "--http",
+            "127.0.0.1:0",
+        ])
+        .args(["--nats", &world.nats.url()])
+        .current_dir(world.folder.path())
+        .env("ONCELY_LOG_LEVEL", "info,oncely::verdict=debug")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()?;
     let said = |words: &'static str| {
         let log_file = log_file.clone();
         world.eventually(format!("the log says `{words}`"), move || {

@@ -98,7 +98,7 @@ async fn a_version_whose_consumer_is_refused_is_not_active() -> Result<()> {
     };
     jetstream.create_stream(forgetful).await?;
 
-    // A work queue without room for another consumer
+    // A work queue that has all the consumers it allows
     let full = Config {
         retention: RetentionPolicy::WorkQueue,
         max_consumers: 1,

@@ -42,9 +42,9 @@ pub fn totals_component() -> Result<PathBuf> {
 pub fn python_http_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
     let built = BUILT.get_or_init(|| {
-        let wit = wasi_http_wit().map_err(|error| format!("{error:#}"))?;
-        build_python("python-http", &wit, "wasi:http/proxy@0.2.12")
-            .map_err(|error| format!("{error:#}"))
+        let built = wasi_http_wit()
+            .and_then(|wit| build_python("python-http", &wit, "wasi:http/proxy@0.2.12"));
+        built.map_err(|error| format!("{error:#}"))
     });
     built.clone().map_err(anyhow::Error::msg)
 }

@@ -142,7 +142,7 @@ impl Target {
     }
 
     /// The command that installs the toolchain.
-    fn install_command(self) -> &'static str {
+    pub fn install_command(self) -> &'static str {
         match self {
             Target::Wasip2 => "rustup target add wasm32-wasip2",
             Target::Unknown => "rustup target add wasm32-unknown-unknown",

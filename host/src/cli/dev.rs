@@ -78,7 +78,7 @@ impl Dev {
         let data_dir = make_data_dir(&self.data_dir)?;
         let _folder = Lock::folder(&data_dir).await?;
         let server = self.nats_server(&data_dir).await?;
-        let ended = self.serve(&data_dir, &manifests, server.as_ref()).await;
+        let ended = self.serve(&data_dir, manifests, server.as_ref()).await;
         if let Some(server) = server {
             server.stop().await?;
         }
@@ -88,21 +88,24 @@ impl Dev {
     async fn serve(
         self,
         data_dir: &Path,
-        manifests: &[Manifest],
+        manifests: Vec<Manifest>,
         server: Option<&EmbeddedServer>,
     ) -> Result<()> {
         let config = self.config(data_dir, server)?;
-        let verdicts = if std::io::stderr().is_terminal() {
-            format!("{VERDICT_LOG}=debug,")
-        } else {
-            String::new()
-        };
-        init_logging(&config, &verdicts)?;
+        let verdicts = format!("{VERDICT_LOG}=debug");
+        let shows_verdicts = std::io::stderr().is_terminal();
+        init_logging(&config, shows_verdicts.then_some(verdicts.as_str()))?;
         let _database = Lock::database(&config.database).await?;
         let mut signals = Signals::listen()?;
-        while self.serve_once(&config, manifests, &mut signals).await?
+        let mut manifests = manifests;
+        while self.serve_once(&config, &manifests, &mut signals).await?
             == StopReason::NatsClientEnded
-        {}
+        {
+            // A change may have been deployed meanwhile.
+            if let Ok(changed) = self.manifests() {
+                manifests = changed;
+            }
+        }
         Ok(())
     }
 
@@ -119,25 +122,26 @@ impl Dev {
             _ = signals.received() => return Ok(StopReason::Signal),
             host_process = HostProcess::start(config, listener, requests) => host_process?,
         };
+        // Listed before the first build, which may take minutes.
+        let sources: Vec<Sources> = match self.no_watch {
+            true => Vec::new(),
+            false => manifests.iter().map(Sources::of).collect(),
+        };
         tokio::select! {
             biased;
             _ = signals.received() => {}
             deployed = self.deploy_all(&host_process, config, manifests) => deployed?,
         }
-        let watching = self.watch(&host_process)?;
+        let watching = self.watch(&host_process, sources);
         let ended = host_process.run_until_stopped(signals).await;
         watching.iter().for_each(AbortHandle::abort);
         ended
     }
 
     /// Starts to build and deploy the manifests again when their files change.
-    fn watch(&self, host_process: &HostProcess) -> Result<Vec<AbortHandle>> {
-        if self.no_watch {
-            return Ok(Vec::new());
-        }
+    fn watch(&self, host_process: &HostProcess, sources: Vec<Sources>) -> Vec<AbortHandle> {
         let mut watching = Vec::new();
-        for path in self.paths() {
-            let mut sources = Sources::of(&Manifest::load(&path)?);
+        for (path, mut sources) in self.paths().into_iter().zip(sources) {
             let (host, toolchain) = (Arc::clone(&host_process.host), self.toolchain);
             let task = tokio::spawn(async move {
                 while let Ok(changed) = sources.changed().await {
@@ -159,7 +163,7 @@ impl Dev {
             });
             watching.push(task.abort_handle());
         }
-        Ok(watching)
+        watching
     }
 
     /// Deploys the manifests, waits until their workers run, and prints the addresses.

@@ -50,23 +50,10 @@ macro_rules! files {
     };
 }
 
-const RUST: &[File] = &[
-    (
-        "Cargo.toml",
-        include_str!("../../templates/rust/Cargo.toml"),
-    ),
-    ("src/lib.rs", include_str!("../../templates/rust/lib.rs")),
-    (
-        "oncely.toml",
-        include_str!("../../templates/rust/oncely.toml"),
-    ),
-    ("README.md", include_str!("../../templates/rust/README.md")),
-    (
-        "sdk/Cargo.toml",
-        include_str!("../../templates/rust/sdk.toml"),
-    ),
-    (".gitignore", "/target\n.oncely/\n"),
-];
+const RUST: &[File] = files! {
+    "host/templates/rust/" => "":
+    ".gitignore", "Cargo.toml", "README.md", "oncely.toml", "sdk/Cargo.toml", "src/lib.rs",
+};
 
 const RUST_SDK: &[File] = files! {
     "guest-sdk/src/" => "sdk/src/":
@@ -75,22 +62,10 @@ const RUST_SDK: &[File] = files! {
     "sql/error.rs", "sql/row.rs", "sql/value.rs", "state.rs",
 };
 
-const PYTHON: &[File] = &[
-    ("app.py", include_str!("../../templates/python/app.py")),
-    (
-        "test_app.py",
-        include_str!("../../templates/python/test_app.py"),
-    ),
-    (
-        "oncely.toml",
-        include_str!("../../templates/python/oncely.toml"),
-    ),
-    (
-        "README.md",
-        include_str!("../../templates/python/README.md"),
-    ),
-    (".gitignore", "*.wasm\n.oncely/\n__pycache__/\n"),
-];
+const PYTHON: &[File] = files! {
+    "host/templates/python/" => "":
+    ".gitignore", "README.md", "app.py", "oncely.toml", "test_app.py",
+};
 
 const PYTHON_SDK: &[File] = files! {
     "guest-sdk/python/" => "":
@@ -105,13 +80,10 @@ const WIT: &[File] = files! {
     "worker.wit", "deps/config/config.wit", "deps/logging/logging.wit",
 };
 
-const MIGRATIONS: &[File] = &[(
-    "migrations/0001_orders.sql",
-    include_str!("../../templates/0001_orders.sql"),
-)];
-
-/// The command for a Rust that cannot build components yet.
-const WASM_TARGET: &str = "rustup target add wasm32-wasip2";
+const MIGRATIONS: &[File] = files! {
+    "host/templates/" => "migrations/":
+    "0001_orders.sql",
+};
 
 impl Language {
     /// Its sources, in which `{{name}}` stands for the name of the worker.
@@ -134,7 +106,7 @@ impl Language {
         match self {
             Language::Rust => &[Tool {
                 program: "cargo",
-                install: "install Rust with rustup, then: rustup target add wasm32-wasip2",
+                install: "install Rust with rustup",
             }],
             Language::Python => &[
                 Tool {
@@ -172,7 +144,10 @@ impl Language {
             && missing.is_empty()
             && Target::installed(Path::new(".")).is_empty()
         {
-            missing.push(format!("Rust cannot build for WebAssembly: {WASM_TARGET}"));
+            missing.push(format!(
+                "Rust cannot build for WebAssembly: {}",
+                Target::Wasip2.install_command()
+            ));
         }
         missing
     }
@@ -298,6 +273,8 @@ mod tests {
             ("guest-sdk/src", "sdk/src/", RUST_SDK),
             ("guest-sdk/python", "", PYTHON_SDK),
             ("wit", "wit/", WIT),
+            ("host/templates/rust", "", RUST),
+            ("host/templates/python", "", PYTHON),
         ] {
             let path = format!("{}/../{folder}", env!("CARGO_MANIFEST_DIR"));
             let mut listed: Vec<&str> = listed

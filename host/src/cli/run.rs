@@ -26,7 +26,7 @@ pub struct Run {
 impl Run {
     pub async fn run(self) -> Result<()> {
         let mut config = HostConfig::load(&self.flags)?;
-        init_logging(&config, "")?;
+        init_logging(&config, None)?;
         config.data_dir = make_data_dir(&config.data_dir)?;
         let _folder = Lock::folder(&config.data_dir).await?;
         let _database = Lock::database(&config.database).await?;

@@ -311,12 +311,12 @@ fn unreachable(error: anyhow::Error) -> anyhow::Error {
 /// them.
 const DEFAULT_DIRECTIVES: &str = "async_nats=warn,sqlx=error,pgwire_replication=off";
 
-/// Sends log lines to standard error, in the configured format.
-/// `more` are directives that the configuration may override; empty for none.
-pub fn init_logging(config: &HostConfig, more: &str) -> Result<()> {
-    let filter: Targets = format!("{DEFAULT_DIRECTIVES},{more}{}", config.log_level)
-        .parse()
-        .context("read log_level")?;
+/// Sends log lines to standard error, in the configured format. `more` is another directive that
+/// the configuration may override.
+pub fn init_logging(config: &HostConfig, more: Option<&str>) -> Result<()> {
+    let directives = [Some(DEFAULT_DIRECTIVES), more, Some(&config.log_level)];
+    let directives: Vec<&str> = directives.into_iter().flatten().collect();
+    let filter: Targets = directives.join(",").parse().context("read log_level")?;
     let log = tracing_subscriber::fmt::layer();
     let log = match config.log_format {
         LogFormat::Text => log

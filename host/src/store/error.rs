@@ -102,8 +102,10 @@ impl<T> Doing<T> for sqlx::Result<T> {
 
 /// The error of a platform statement.
 pub(super) fn from_statement(error: sqlx::Error, context: &'static str) -> StoreError {
-    let database = error.as_database_error();
-    match database.and_then(|error| error.try_downcast_ref::<PgDatabaseError>()) {
+    let Some(database) = error.as_database_error() else {
+        return StoreError::Unavailable(cause(error).context(context));
+    };
+    match database.try_downcast_ref::<PgDatabaseError>() {
         Some(_) => postgres::errors::from_statement(error, context),
         None => sqlite::errors::from_statement(error, context),
     }

@@ -1,4 +1,5 @@
-//! Outputs as operators see them: lists, retries and drops of parked ones, and the publishing lag.
+//! The outbox: appending, leasing and releasing outputs; lists, retries and drops for operators,
+//! and the publishing lag.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -12,8 +12,8 @@ use sqlx::{Decode, Row, Type};
 use super::{
     AttemptRecord, AuditRecord, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
     DeadLetterState, DeadLetterSummary, DeploymentRecord, EditRecord, OutboxLag, OutboxRow,
-    OutputRecord, OutputSummary, PublishedOutput, Result, StateRecord, StoreError, Unpublished,
-    WorkerTotals, shared,
+    OutputRecord, OutputSummary, PublishedOutput, Result, StateRecord, StateSlot, StoreError,
+    Unpublished, WorkerTotals, shared,
 };
 use crate::model::alarm::{Alarm, AlarmUpdate, Kind, Notice};
 use crate::model::message::{Message, Origin, Redriven};
@@ -105,6 +105,12 @@ fn read<T>(what: &'static str, decode: impl FnOnce() -> anyhow::Result<T>) -> Re
     decode()
         .with_context(|| format!("read {what}"))
         .map_err(StoreError::Unavailable)
+}
+
+/// A key of keyed state as a transaction reads it.
+pub(super) fn state_slot(row: &impl Columns) -> sqlx::Result<(String, StateSlot)> {
+    let slot = shared::state_slot(row.get("value")?, row.get("version")?, row.get("has_row")?);
+    Ok((row.text("key")?, slot))
 }
 
 pub(super) fn alarm(row: &impl Columns) -> Result<Alarm> {

@@ -2,12 +2,11 @@
 
 use anyhow::anyhow;
 use sqlx::Row;
-use sqlx::postgres::PgRow;
 
 use super::session::Session;
 use crate::store::db::read_rows;
 use crate::store::error::Doing as _;
-use crate::store::{Result, StateSlot, StateWrite, StoreError, shared};
+use crate::store::{Result, StateSlot, StateWrite, StoreError, rows, shared};
 
 /// The current state of the keys.
 pub(in crate::store) async fn load(
@@ -23,13 +22,7 @@ pub(in crate::store) async fn load(
         .fetch_all(session.connection())
         .await
         .doing("load state")?;
-    let read = |row: &PgRow| {
-        Ok((
-            row.try_get(0)?,
-            shared::state_slot(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?),
-        ))
-    };
-    read_rows(&rows, "read state", read)
+    read_rows(&rows, "read state", rows::state_slot)
 }
 
 /// Writes all keys with one statement.

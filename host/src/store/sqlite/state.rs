@@ -1,14 +1,12 @@
 //! Keyed state of workers.
 
 use anyhow::anyhow;
-use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
 
 use super::errors;
 use super::session::Session;
 use crate::store::db::read_rows;
 use crate::store::error::Doing as _;
-use crate::store::{Result, StateSlot, StateWrite, StoreError, shared};
+use crate::store::{Result, StateSlot, StateWrite, StoreError, rows, shared};
 
 /// The current slots of keys.
 pub(in crate::store) async fn load(
@@ -18,9 +16,9 @@ pub(in crate::store) async fn load(
 ) -> Result<Vec<(String, StateSlot)>> {
     let context = |error| errors::from_statement(error, "load state");
     let rows = sqlx::query(
-        "select given.value, held.value,
-             coalesce(held.version, (select version from oncely_state_version_floor where worker = $1), 0),
-             held.version is not null
+        "select given.value as key, held.value,
+             coalesce(held.version, (select version from oncely_state_version_floor where worker = $1), 0) as version,
+             held.version is not null as has_row
          from json_each($2) as given left join oncely_state as held on held.worker = $1 and held.key = given.value",
     )
     .bind(worker)
@@ -28,13 +26,7 @@ pub(in crate::store) async fn load(
     .fetch_all(session.connection().map_err(context)?)
     .await
     .map_err(context)?;
-    let read = |row: &SqliteRow| {
-        Ok((
-            row.try_get(0)?,
-            shared::state_slot(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?),
-        ))
-    };
-    read_rows(&rows, "read state", read)
+    read_rows(&rows, "read state", rows::state_slot)
 }
 
 /// Writes keys that still have the version that was read.
