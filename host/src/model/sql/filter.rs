@@ -217,7 +217,7 @@ fn check_into(tokens: &[Token]) -> Result<(), SqlError> {
         let Some(word) = tokens.get(before) else {
             continue;
         };
-        let is_name = word.is("as") || *word == Token::Symbol('.');
+        let is_name = *word == Token::Symbol('.') || is_keyword_as(tokens, before);
         let takes_rows = (word.is("insert") || word.is("merge")) && verbs.contains(&before);
         if !is_name && !takes_rows {
             return refuse(
@@ -226,6 +226,19 @@ fn check_into(tokens: &[Token]) -> Result<(), SqlError> {
         }
     }
     Ok(())
+}
+
+/// Whether the word at `at` is the keyword `as`, which a name follows. After a dot or after the
+/// keyword, `as` is itself a name: `select t.as`, `select 1 as as`.
+fn is_keyword_as(tokens: &[Token], at: usize) -> bool {
+    let words = tokens.get(..=at).unwrap_or_default();
+    let run = words.iter().rev().take_while(|word| word.is("as")).count();
+    let is_after_dot = words
+        .len()
+        .checked_sub(run + 1)
+        .is_some_and(|before| tokens.get(before) == Some(&Token::Symbol('.')));
+    // Of a run, every other word is the keyword. After a dot, the first word is a name.
+    run > 0 && (run % 2 == 0) == is_after_dot
 }
 
 fn positions<'t>(tokens: &'t [Token], wanted: &'t Token) -> impl Iterator<Item = usize> + 't {
@@ -425,6 +438,16 @@ mod tests {
             "with a as (select 1) cycle b set c using d select 1 merge into t",
             "select 1 as a into t",
             "select * into t from u",
+            // `as` that is a name.
+            "select 1 as as into t",
+            "select 1 as/* */As into temp t",
+            "select 1 as x, 2 as as into t",
+            "select x.as into t from (select 1 as \"as\") x",
+            "select x . as into t from (select 1 as \"as\") x",
+            "select (x).as into t from x",
+            "select x.as as as into t from x",
+            "select 1 as \"as\" into t",
+            "select \"as\" into t from x",
             "select 1\u{feff}merge into t",
             // Tags, numbers and operators.
             "select 1 as a, $\u{a0}$ ' $\u{a0}$ into t --'",
@@ -445,6 +468,7 @@ mod tests {
         for statement in [
             "insert into t select 1 as into",
             "select t.into from t",
+            "select 1 as as, t.as as into from t",
             "with a as (insert into t values (1) returning b) merge into u using a on a.b = u.b when matched then do nothing",
             "with recursive a (b) as not materialized (select 1), c as (select 2) insert into t select * from a",
             "with recursive a as (select 1 union select 2 from a) search breadth first by b, c set d insert into t select 1",
