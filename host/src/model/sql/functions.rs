@@ -222,8 +222,9 @@ impl Functions {
         {
             return check_sequence(tokens, at, name);
         }
-        let is_table = follows_insert_into(tokens, at, 3) || follows_insert_into(tokens, at, 5);
-        if is_table {
+        // `insert into schema.table (` or `insert into database.schema.table (`
+        let has_database = before(tokens, at, 3) == Some(&Token::Symbol('.'));
+        if follows_insert_into(tokens, at, if has_database { 5 } else { 3 }) {
             Ok(())
         } else {
             refuse(not_for_workers(&format!("{schema}.{name}")))
@@ -366,6 +367,12 @@ mod tests {
             "select later_version_does_harm()",
             "select 1 @!2",
             "select 1 operator(pg_catalog.@!) 2",
+            // A call near `insert into` is not its table.
+            "insert into t select pg_catalog.set_config($1, $2, false)",
+            "insert into t table pg_catalog.ts_stat($1)",
+            "insert into \"insert\" select app_default . dblink ($1)",
+            "with a as (insert into t select pg_catalog.set_config($1, $2, false)) select 1",
+            "insert into t.u select pg_catalog.set_config($1, $2, false)",
             // A lone `into` does not make a table of them.
             "select t.into set_config($1)",
             "select nextval($1)",
