@@ -93,7 +93,9 @@ const WORDS: [&str; 64] = [
     "copy",
 ];
 
-const NAMES: [&str; 22] = [
+const NAMES: [&str; 24] = [
+    "as",
+    "as",
     "a",
     "b",
     "c",
@@ -498,6 +500,8 @@ impl<'v> Generator<'v> {
             "t",
             "t",
             "app_default . t",
+            "texts",
+            "app_default . texts",
             "\"insert\"",
             "oncely . inbox",
             "pg_stat_activity",

@@ -22,9 +22,11 @@ pub struct PreparedServer {
 }
 
 /// A worker's tables, sequence and functions.
+/// Any value can be assigned to `texts`, so a forbidden call is not hidden by an error of types.
 const TABLES: &str = "create table t (a integer primary key, b text, c jsonb);
     insert into t values (1, 'x', '{\"y\": 1}');
     create table \"insert\" (into_ integer, \"merge\" text);
+    create table texts (a text, b text);
     create sequence number;
     create function own(n integer) returns integer language sql volatile as 'select n + 1';
     create function of_row(r t) returns integer language sql volatile as 'select r.a'";
