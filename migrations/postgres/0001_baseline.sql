@@ -426,7 +426,8 @@ create index relay_record_by_age on oncely.relay_record (published_at);
 -- null, `version` is that of the deletion.
 create table oncely.state (
     worker     text        not null,
-    key        text        not null
+    -- Sorted by bytes, so that keys with a prefix can be listed in order.
+    key        text        collate "C" not null
         constraint state_key_length check (octet_length(key) between 1 and 255),
     value      bytea,
     version    bigint      not null constraint state_version_positive check (version > 0),
@@ -926,6 +927,22 @@ begin
     from unnest($3) as given (key) left join lateral (
         select * from oncely.state where worker = $2 and state.key = given.key offset 0
     ) as held on true;
+end $$;
+
+-- The existing keys that begin with a prefix and follow a key, in the order of their bytes.
+create function oncely_definer.list_state(
+    token bytea, worker text, prefix text, after text, most integer
+) returns table (key text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+    perform oncely.check_token($1);
+    return query
+    select state.key from oncely.state
+    where state.worker = $2 and state.key >= $3 and state.key > $4
+        and starts_with(state.key, $3) and value is not null
+    order by state.key limit $5;
 end $$;
 
 -- Writes the keys whose row still has the expected version. A null version expects no row. Returns

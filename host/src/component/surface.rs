@@ -9,6 +9,7 @@ use crate::model::hint::WithHint;
 /// A worker's component exports one of these.
 const HANDLER: &str = "oncely:worker/handler@0.1.0";
 const BATCH_HANDLER: &str = "oncely:worker/batch-handler@0.1.0";
+const MESSAGING_HANDLER: &str = "wasmcloud:messaging/handler@0.2.0";
 /// Any patch version.
 const HTTP_HANDLER: &str = "wasi:http/incoming-handler@0.2.";
 
@@ -24,7 +25,7 @@ struct Package {
 /// Everything that a component may import: Oncely's interfaces, and the parts of WASI that language
 /// runtimes need. WASI provides only a clock, random numbers and the log; every call to files,
 /// sockets or other servers is denied.
-const IMPORTABLE: [Package; 10] = [
+const IMPORTABLE: [Package; 15] = [
     Package {
         name: "oncely:worker",
         version: "0.1.",
@@ -39,6 +40,31 @@ const IMPORTABLE: [Package; 10] = [
         name: "wasi:config",
         version: "0.2.0-rc.1",
         interfaces: &["store"],
+    },
+    Package {
+        name: "wasi:config",
+        version: "0.2.0-draft-2024-09-27",
+        interfaces: &["store"],
+    },
+    Package {
+        name: "wasi:config",
+        version: "0.2.0-draft",
+        interfaces: &["runtime"],
+    },
+    Package {
+        name: "wasi:keyvalue",
+        version: "0.2.0-draft",
+        interfaces: &["store", "atomics", "batch"],
+    },
+    Package {
+        name: "wasi:keyvalue",
+        version: "0.2.0-draft2",
+        interfaces: &["store", "atomics", "batch"],
+    },
+    Package {
+        name: "wasmcloud:messaging",
+        version: "0.2.",
+        interfaces: &["types", "consumer"],
     },
     Package {
         name: "wasi:cli",
@@ -103,6 +129,8 @@ pub enum Handler {
     Message,
     /// Called with the messages of a batch together.
     Batch,
+    /// Called with one message at a time, as wasmCloud does.
+    Messaging,
     /// Answers requests over HTTP, and handles no messages.
     Http,
 }
@@ -163,6 +191,7 @@ impl Surface {
         let kinds = [
             "worker/handler",
             "worker/batch-handler",
+            "wasmcloud:messaging/handler",
             "wasi:http/incoming-handler",
             "wasi:http/handler",
         ];
@@ -176,6 +205,7 @@ impl Surface {
         match handlers.as_slice() {
             [HANDLER] => Ok(Handler::Message),
             [BATCH_HANDLER] => Ok(Handler::Batch),
+            [MESSAGING_HANDLER] => Ok(Handler::Messaging),
             [http] if http.starts_with(HTTP_HANDLER) => Ok(Handler::Http),
             [] => Err(self.missing_handler()),
             [other] => Err(anyhow!(
@@ -237,17 +267,12 @@ impl Surface {
         let Some(first) = refused.first() else {
             return Ok(());
         };
-        let hint = match package_of(first) {
-            Some(package) if first.contains('@') => {
-                let version = package.version.trim_end_matches('.');
-                format!(
-                    "hosts provide {} {version}: {}",
-                    package.name,
-                    package.interfaces.join(", ")
-                )
-            }
-            _ => "a worker may import oncely:worker, wasi:logging, wasi:config and WASI 0.2; \
-                  build other imports into it, for example with `wac plug`"
+        let provided: Vec<String> = packages_of(first).map(Package::describe).collect();
+        let hint = match provided.is_empty() {
+            false if first.contains('@') => format!("hosts provide {}", provided.join("; ")),
+            _ => "a worker may import oncely:worker, wasi:logging, wasi:config, wasi:keyvalue, \
+                  wasmcloud:messaging and WASI 0.2; build other imports into it, for example with \
+                  `wac plug`"
                 .to_owned(),
         };
         Err(anyhow!(
@@ -260,27 +285,36 @@ impl Surface {
 
 /// Whether hosts provide an import, such as `wasi:io/poll@0.2.3`.
 fn is_importable(import: &str) -> bool {
-    let Some(package) = package_of(import) else {
-        return false;
-    };
-    let Some((interface, version)) = import
+    let parts = import
         .split_once('/')
-        .and_then(|(_, rest)| rest.split_once('@'))
-    else {
-        return false;
-    };
-    let fits = match version.strip_prefix(package.version) {
-        Some("") => true,
-        Some(patch) => {
-            package.version.ends_with('.') && patch.bytes().all(|byte| byte.is_ascii_digit())
-        }
-        None => false,
-    };
-    fits && package.interfaces.contains(&interface)
+        .and_then(|(_, rest)| rest.split_once('@'));
+    parts.is_some_and(|(interface, version)| {
+        packages_of(import)
+            .any(|package| package.has_version(version) && package.interfaces.contains(&interface))
+    })
 }
 
-/// The package of an import, if hosts provide one of that name.
-fn package_of(import: &str) -> Option<&'static Package> {
-    let (name, _) = import.split_once('/')?;
-    IMPORTABLE.iter().find(|package| package.name == name)
+/// The versions of the package of an import that hosts provide.
+fn packages_of(import: &str) -> impl Iterator<Item = &'static Package> {
+    let name = import.split_once('/').map(|(name, _)| name.to_owned());
+    let is_named = move |package: &&Package| Some(package.name) == name.as_deref();
+    IMPORTABLE.iter().filter(is_named)
+}
+
+impl Package {
+    fn has_version(&self, version: &str) -> bool {
+        match version.strip_prefix(self.version) {
+            Some("") => true,
+            Some(patch) => {
+                self.version.ends_with('.') && patch.bytes().all(|byte| byte.is_ascii_digit())
+            }
+            None => false,
+        }
+    }
+
+    /// The package with its version and its interfaces, for a person.
+    fn describe(&self) -> String {
+        let version = self.version.trim_end_matches('.');
+        format!("{} {version} ({})", self.name, self.interfaces.join(", "))
+    }
 }

@@ -148,6 +148,18 @@ impl Database for SharedTx {
             .map(|(_, slot)| slot)
             .unwrap_or_default())
     }
+
+    async fn list_state(
+        &self,
+        prefix: String,
+        after: String,
+        most: u32,
+    ) -> anyhow::Result<Vec<String>> {
+        self.with_tx(move |slot| {
+            Box::pin(async move { Ok(slot.tx()?.list_state(&prefix, &after, most).await?) })
+        })
+        .await
+    }
 }
 
 #[cfg(test)]

@@ -311,6 +311,10 @@ impl Database for NoDatabase {
     async fn load_state(&self, _: String) -> Result<StateSlot> {
         bail!(NO_DATABASE)
     }
+
+    async fn list_state(&self, _: String, _: String, _: u32) -> Result<Vec<String>> {
+        bail!(NO_DATABASE)
+    }
 }
 
 #[async_trait]

@@ -38,6 +38,17 @@ pub trait Database: Send + Sync {
     /// # Errors
     /// The database is unavailable.
     async fn load_state(&self, key: String) -> anyhow::Result<StateSlot>;
+    /// The first `most` existing keys of the worker's state that begin with `prefix` and follow
+    /// `after`, in byte order.
+    ///
+    /// # Errors
+    /// The database is unavailable.
+    async fn list_state(
+        &self,
+        prefix: String,
+        after: String,
+        most: u32,
+    ) -> anyhow::Result<Vec<String>>;
 }
 
 /// The cache that a guest reads. An unavailable cache reads as empty and is never an error.

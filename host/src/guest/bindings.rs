@@ -1,4 +1,5 @@
-//! Rust bindings of `wit/worker.wit`, generated once for the whole host.
+//! Rust bindings of `wit/worker.wit` and of other hosts' interfaces, generated once for the whole
+//! host.
 
 wasmtime::component::bindgen!({
     path: "../wit",
@@ -14,3 +15,17 @@ wasmtime::component::bindgen!({
     imports: { default: async | trappable },
     exports: { default: async },
 });
+
+/// The interfaces of `host/wit/others.wit`.
+pub mod others {
+    wasmtime::component::bindgen!({
+        path: "wit",
+        imports: { default: async | trappable },
+        exports: { default: async },
+        with: {
+            "wasi:keyvalue/store@0.2.0-draft.bucket": crate::guest::imports::keyvalue::Bucket,
+            "wasi:keyvalue/store@0.2.0-draft2.bucket": crate::guest::imports::keyvalue::Bucket,
+            "wasi:keyvalue/atomics@0.2.0-draft2.cas": crate::guest::imports::keyvalue::Cas,
+        },
+    });
+}

@@ -9,10 +9,11 @@ use wasmtime::{Store, Trap, UpdateDeadline};
 use super::bindings::oncely::worker::types as wit;
 use super::component::{Entry, Guest};
 use super::failure::{
-    CallFailure, HandlerResult, check_result_count, doomed_failure, failure_from_wit,
+    CallFailure, HandlerResult, check_result_count, doomed_failure, failure_from_text, failure_from_wit,
     timeout_failure, trap_failure,
 };
 use super::http;
+use super::imports;
 use super::record::Record;
 use super::recorder::ReplayProgress;
 use super::state::{Call, CallState};
@@ -163,6 +164,14 @@ impl Guest {
                         .call_handle(&mut *store, &message)
                         .await?,
                 ]
+            }
+            Entry::Messaging(indices) => {
+                let message = store.data().message().map(imports::messaging::broker_message);
+                let message =
+                    message.ok_or_else(|| wasmtime::Error::msg("a call needs a message"))?;
+                let handler = indices.load(&mut *store, &*instance)?;
+                let result = handler.call_handle_message(&mut *store, &message).await?;
+                return Ok(vec![result.map_err(failure_from_text)]);
             }
             Entry::BatchHandler(indices) => {
                 indices

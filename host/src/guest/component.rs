@@ -7,6 +7,8 @@ use wasmtime_wasi_http::p2::bindings::exports::wasi::http::incoming_handler;
 
 use super::bindings::AnyWorker;
 use super::bindings::exports::oncely::worker::{batch_handler, handler};
+use super::bindings::others;
+use super::bindings::others::exports::wasmcloud::messaging::handler as messaging_handler;
 use super::engine::{GuestEngine, blocking};
 use super::state::CallState;
 use crate::component::{self, Handler, Surface};
@@ -25,6 +27,7 @@ pub struct Guest {
 pub(super) enum Entry {
     Handler(handler::GuestIndices),
     BatchHandler(batch_handler::GuestIndices),
+    Messaging(messaging_handler::GuestIndices),
     Http(incoming_handler::GuestIndices),
 }
 
@@ -51,6 +54,7 @@ impl Guest {
         let entry = match surface.handler()? {
             Handler::Message => handler::GuestIndices::new(&pre).map(Entry::Handler),
             Handler::Batch => batch_handler::GuestIndices::new(&pre).map(Entry::BatchHandler),
+            Handler::Messaging => messaging_handler::GuestIndices::new(&pre).map(Entry::Messaging),
             Handler::Http => incoming_handler::GuestIndices::new(&pre).map(Entry::Http),
         };
         let entry = entry
@@ -74,6 +78,7 @@ impl Guest {
         match self.entry {
             Entry::Handler(_) => Handler::Message,
             Entry::BatchHandler(_) => Handler::Batch,
+            Entry::Messaging(_) => Handler::Messaging,
             Entry::Http(_) => Handler::Http,
         }
     }
@@ -87,6 +92,7 @@ impl Guest {
 fn linker(engine: &GuestEngine) -> Result<Linker<CallState>> {
     let mut linker = Linker::new(engine.engine());
     AnyWorker::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)
+        .and_then(|()| others::Others::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state))
         .and_then(|()| wasmtime_wasi::p2::add_to_linker_async(&mut linker))
         .and_then(|()| wasmtime_wasi_http::p2::add_only_http_to_linker_async(&mut linker))
         .and_then(|()| super::wasi::add_to_linker(&mut linker))

@@ -108,6 +108,15 @@ pub(super) fn failure_from_wit(failure: wit::Failure) -> CallFailure {
     }
 }
 
+/// Converts the error text of a handler that has no kinds of failures: the message is retried.
+pub(super) fn failure_from_text(message: String) -> CallFailure {
+    failure_from_wit(wit::Failure {
+        kind: wit::FailureKind::Retry,
+        code: None,
+        message,
+    })
+}
+
 /// Checks that a batch handler returned one result for each message.
 pub(super) fn check_result_count(
     messages: usize,

@@ -89,6 +89,13 @@ pub enum HostCall {
         /// Key within the state of the worker.
         key: String,
     },
+    /// A page of the keys of the state.
+    List {
+        /// Beginning of the keys.
+        prefix: String,
+        /// The key that the page follows.
+        after: String,
+    },
     /// `state.set`.
     Set {
         /// Key within the state of the worker.
@@ -213,6 +220,8 @@ pub enum HostResult {
         /// Size of the value, in bytes; 0 if the key did not exist.
         size: usize,
     },
+    /// Keys of the state.
+    Keys(Vec<String>),
     /// Rows of a query.
     Rows(Rows),
     /// Number of changed rows.
@@ -301,6 +310,9 @@ impl fmt::Display for HostCall {
                 Body(&outgoing.body)
             ),
             HostCall::Get { key } => write!(f, "state.get {key:?}"),
+            HostCall::List { prefix, after } => {
+                write!(f, "state keys that begin with {prefix:?} after {after:?}")
+            }
             HostCall::Set { key, value } => write!(f, "state.set {key:?} to {}", Body(value)),
             HostCall::Delete { key } => write!(f, "state.delete {key:?}"),
             HostCall::CompareAndSet {
@@ -362,6 +374,7 @@ impl fmt::Display for HostResult {
                 version: Some(version),
                 ..
             } => write!(f, "was version {version}"),
+            HostResult::Keys(keys) => write!(f, "{} keys", keys.len()),
             HostResult::Rows(rows) => {
                 write!(
                     f,

@@ -1,6 +1,6 @@
 //! Keyed state of a worker while a batch runs: slots read, changes of each item, pending writes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -67,6 +67,33 @@ impl BatchState {
     /// read.
     pub fn get(&self, key: &str) -> Option<Option<&StateEntry>> {
         self.slot(key).map(|slot| slot.entry.as_ref())
+    }
+
+    /// A page of the keys as the running item sees them: `stored` keys of the transaction, which
+    /// follow `after`, with the changes of this batch. A page that is not the `last` one ends at
+    /// its last stored key.
+    pub fn page(
+        &self,
+        prefix: &str,
+        after: &str,
+        stored: Vec<String>,
+        is_last: bool,
+    ) -> BTreeSet<String> {
+        let end = stored.last().filter(|_| !is_last).cloned();
+        let mut keys: BTreeSet<String> = stored.into_iter().collect();
+        // Changes of the running item come last.
+        for (key, slot) in self.kept.iter().chain(&self.changed) {
+            let is_after_page = end.as_ref().is_some_and(|end| key > end);
+            if !key.starts_with(prefix) || key.as_str() <= after || is_after_page {
+                continue;
+            }
+            if slot.entry.is_some() {
+                keys.insert(key.clone());
+            } else {
+                keys.remove(key);
+            }
+        }
+        keys
     }
 
     /// Records a slot that the transaction read.

@@ -229,6 +229,26 @@ impl Tx {
         self.record_failure(entries)
     }
 
+    /// The first `most` existing keys that begin with `prefix` and follow `after`, in byte order.
+    pub async fn list_state(
+        &mut self,
+        prefix: &str,
+        after: &str,
+        most: u32,
+    ) -> Result<Vec<String>> {
+        self.check()?;
+        let worker = &self.worker;
+        let keys = match &mut self.database {
+            Database::Postgres(tx) => {
+                postgres::state::list(&mut tx.session, worker, prefix, after, most).await
+            }
+            Database::Sqlite(tx) => {
+                sqlite::state::list(&mut tx.session, worker, prefix, after, most).await
+            }
+        };
+        self.record_failure(keys)
+    }
+
     /// Applies all writes, at most one per key.
     ///
     /// # Errors

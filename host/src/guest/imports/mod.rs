@@ -1,5 +1,5 @@
-//! Imports of a guest: outbox, state, sql and cache in their own files, and here invocation, log
-//! and config.
+//! Imports of a guest: invocation and log here, each other one in its own file. The interfaces of
+//! other hosts, `keyvalue` and `messaging`, are layers over state and outbox.
 //!
 //! An error of the host ends the call with a trap that the guest cannot catch. An error that dooms
 //! the delivery is returned to the guest and also recorded. A guest that ignores the error cannot
@@ -10,7 +10,6 @@ use std::time::Instant;
 use wasmtime::Trap;
 
 use super::bindings::oncely::worker::{invocation, types};
-use super::bindings::wasi::config::store as config;
 use super::bindings::wasi::logging::logging;
 use super::failure::{CallFailure, FailureKind};
 use super::record::{HostCall, HostResult};
@@ -19,6 +18,9 @@ use crate::model::message::{self, Message};
 use crate::model::units;
 
 mod cache;
+mod config;
+pub mod keyvalue;
+pub(super) mod messaging;
 mod outbox;
 mod sql;
 mod state;
@@ -137,24 +139,5 @@ impl logging::Host for CallState {
         };
         self.logs.append_line(level, &context, &message);
         Ok(())
-    }
-}
-
-impl config::Host for CallState {
-    async fn get(
-        &mut self,
-        key: String,
-    ) -> wasmtime::Result<Result<Option<String>, config::Error>> {
-        Ok(Ok(self.call.worker.config.get(&key).cloned()))
-    }
-
-    async fn get_all(&mut self) -> wasmtime::Result<Result<Vec<(String, String)>, config::Error>> {
-        Ok(Ok(self
-            .call
-            .worker
-            .config
-            .iter()
-            .map(|(key, value)| (key.clone(), value.clone()))
-            .collect()))
     }
 }

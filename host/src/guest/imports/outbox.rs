@@ -266,7 +266,7 @@ fn check_headers(headers: &Headers) -> Result<(), outbox::Error> {
     Ok(())
 }
 
-fn error_message(error: &outbox::Error) -> &str {
+pub(super) fn error_message(error: &outbox::Error) -> &str {
     match error {
         outbox::Error::InvalidSubject(why)
         | outbox::Error::InvalidHeader(why)

@@ -6,6 +6,7 @@ use sqlx::Row;
 use super::session::Session;
 use crate::store::db::read_rows;
 use crate::store::error::Doing as _;
+use crate::store::rows::Columns as _;
 use crate::store::{Result, StateSlot, StateWrite, StoreError, rows, shared};
 
 /// The current state of the keys.
@@ -23,6 +24,27 @@ pub(in crate::store) async fn load(
         .await
         .doing("load state")?;
     read_rows(&rows, "read state", rows::state_slot)
+}
+
+/// The first `most` existing keys that begin with `prefix` and follow `after`, in byte order.
+pub(in crate::store) async fn list(
+    session: &mut Session,
+    worker: &str,
+    prefix: &str,
+    after: &str,
+    most: u32,
+) -> Result<Vec<String>> {
+    let query = session.query("select key from oncely_definer.list_state($1, $2, $3, $4, $5)");
+    let rows = query
+        .bind(session.token())
+        .bind(worker)
+        .bind(prefix)
+        .bind(after)
+        .bind(shared::signed(most.into())?.min(i64::from(i32::MAX)))
+        .fetch_all(session.connection())
+        .await
+        .doing("list state")?;
+    read_rows(&rows, "list state", |row| row.text("key"))
 }
 
 /// Writes all keys with one statement.

@@ -6,6 +6,7 @@ use super::errors;
 use super::session::Session;
 use crate::store::db::read_rows;
 use crate::store::error::Doing as _;
+use crate::store::rows::Columns as _;
 use crate::store::{Result, StateSlot, StateWrite, StoreError, rows, shared};
 
 /// The current slots of keys.
@@ -27,6 +28,31 @@ pub(in crate::store) async fn load(
     .await
     .map_err(context)?;
     read_rows(&rows, "read state", rows::state_slot)
+}
+
+/// The first `most` existing keys that begin with `prefix` and follow `after`, in byte order.
+pub(in crate::store) async fn list(
+    session: &mut Session,
+    worker: &str,
+    prefix: &str,
+    after: &str,
+    most: u32,
+) -> Result<Vec<String>> {
+    let context = |error| errors::from_statement(error, "list state");
+    let rows = sqlx::query(
+        "select key from oncely_state
+         where worker = $1 and key >= $2 and key > $3 and substr(key, 1, length($2)) = $2
+             and value is not null
+         order by key limit $4",
+    )
+    .bind(worker)
+    .bind(prefix)
+    .bind(after)
+    .bind(i64::from(most))
+    .fetch_all(session.connection().map_err(context)?)
+    .await
+    .map_err(context)?;
+    read_rows(&rows, "list state", |row| row.text("key"))
 }
 
 /// Writes keys that still have the version that was read.
