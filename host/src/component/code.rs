@@ -10,7 +10,7 @@ use wasmparser::{
     WasmFeatures,
 };
 
-use super::file_format;
+use super::{file_format, is_async};
 use crate::model::hint::WithHint;
 
 /// Functions of all modules together, imported ones included.
@@ -42,23 +42,26 @@ const LOCALS_BY_BRANCHES_MAX: u64 = 4_000_000;
 const NESTING_MAX: u64 = 10_000;
 
 /// The features of the host's engine: WebAssembly 3.0 without threads, exceptions, 64-bit memories
-/// and garbage collection, and components without the async functions of WASI 0.3.
-fn features() -> WasmFeatures {
+/// and garbage collection. Components with async functions run in an engine of their own.
+fn features(is_async: bool) -> WasmFeatures {
     let absent = WasmFeatures::THREADS
         | WasmFeatures::EXCEPTIONS
         | WasmFeatures::MEMORY64
         | WasmFeatures::GC_TYPES;
-    (WasmFeatures::WASM3 | WasmFeatures::COMPONENT_MODEL).difference(absent)
+    let mut features = (WasmFeatures::WASM3 | WasmFeatures::COMPONENT_MODEL).difference(absent);
+    features.set(WasmFeatures::CM_ASYNC, is_async);
+    features
 }
 
 /// Checks that all code of a component is valid and within the limits.
 pub fn check_code(wasm: &[u8]) -> Result<()> {
     let mut totals = CodeTotals::default();
-    let refused = |error| invalid_code(&error, wasm);
-    let mut validator = Validator::new_with_features(features());
+    let refused = |error| invalid_code(&error);
+    let features = features(is_async(wasm)?);
+    let mut validator = Validator::new_with_features(features);
     let mut allocations = FuncValidatorAllocations::default();
     let mut parser = Parser::new(0);
-    parser.set_features(features());
+    parser.set_features(features);
     for payload in parser.parse_all(wasm) {
         let payload = payload.map_err(refused)?;
         // Before the validator, which keeps all types in memory.
@@ -219,17 +222,10 @@ fn at_function(error: anyhow::Error, at: usize) -> anyhow::Error {
 }
 
 /// The reason why bytes are refused: an unsupported feature, or damage.
-fn invalid_code(error: &wasmparser::Error, wasm: &[u8]) -> anyhow::Error {
+fn invalid_code(error: &wasmparser::Error) -> anyhow::Error {
     let Some(missing) = error.missing_wasm_feature() else {
-        return file_format::damaged(error, wasm);
+        return file_format::damaged(error);
     };
-    if missing.intersects(
-        WasmFeatures::CM_ASYNC
-            | WasmFeatures::CM_ASYNC_STACKFUL
-            | WasmFeatures::CM_MORE_ASYNC_BUILTINS,
-    ) {
-        return file_format::wasi_3("it has async functions, streams or futures");
-    }
     let named: Vec<String> = missing
         .iter_names()
         .map(|(name, _)| name.to_lowercase().replace('_', "-"))

@@ -119,24 +119,10 @@ pub(super) fn cut_off(bytes: usize) -> Error {
 }
 
 /// The error for bytes that begin like a component but are malformed.
-pub(super) fn damaged(error: &wasmparser::Error, wasm: &[u8]) -> Error {
-    let names_wasi_3 = wasm.windows(WASI_3.len()).any(|window| window == WASI_3);
-    if names_wasi_3 {
-        return wasi_3("it contains parts of WASI 0.3");
-    }
+pub(super) fn damaged(error: &wasmparser::Error) -> Error {
     anyhow!("{} (byte {})", first_line(error.message()), error.offset())
         .context("the component is damaged, or uses a later version of the component model")
-        .hint("build it again with tools for WASI 0.2")
-}
-
-const WASI_3: &[u8] = b"@0.3.";
-
-/// The error for a component built for WASI 0.3; `why` is a clause without a full stop.
-pub(super) fn wasi_3(why: &str) -> Error {
-    anyhow!("the component is built for WASI 0.3, but hosts run WASI 0.2: {why}").hint(
-        "build it for WASI 0.2: with Rust for the target wasm32-wasip2, \
-         with other tools by their option for WASI 0.2",
-    )
+        .hint("build it again with tools for WASI 0.2 or 0.3")
 }
 
 pub(super) fn first_line(text: &str) -> &str {

@@ -4,11 +4,13 @@
 //! `oncely build` and every host run the same checks, so that a mistake is found where it was made.
 //! Their time is proportional to the size of the component, and they read nothing but its bytes.
 
+mod async_functions;
 mod code;
 mod file;
 mod file_format;
 mod surface;
 
+pub use async_functions::is_async;
 pub use code::check_code;
 pub use file::read;
 pub use surface::{Handler, Surface};

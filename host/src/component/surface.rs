@@ -8,10 +8,20 @@ use crate::model::hint::WithHint;
 
 /// A worker's component exports one of these.
 const HANDLER: &str = "oncely:worker/handler@0.1.0";
+const ASYNC_HANDLER: &str = "oncely:worker/async-handler@0.1.0";
 const BATCH_HANDLER: &str = "oncely:worker/batch-handler@0.1.0";
 const MESSAGING_HANDLER: &str = "wasmcloud:messaging/handler@0.2.0";
 /// Any patch version.
 const HTTP_HANDLER: &str = "wasi:http/incoming-handler@0.2.";
+const ASYNC_HTTP_HANDLER: &str = "wasi:http/handler@0.3.";
+
+/// All handlers that hosts run, for a sentence.
+fn known_handlers(last: &str) -> String {
+    format!(
+        "`{HANDLER}`, `{ASYNC_HANDLER}`, `{BATCH_HANDLER}`, `{MESSAGING_HANDLER}`, \
+         `{HTTP_HANDLER}x` {last} `{ASYNC_HTTP_HANDLER}x`"
+    )
+}
 
 /// A package of interfaces that a component may import.
 struct Package {
@@ -25,7 +35,7 @@ struct Package {
 /// Everything that a component may import: Oncely's interfaces, and the parts of WASI that language
 /// runtimes need. WASI provides only a clock, random numbers and the log; every call to files,
 /// sockets or other servers is denied.
-const IMPORTABLE: [Package; 15] = [
+const IMPORTABLE: [Package; 21] = [
     Package {
         name: "oncely:worker",
         version: "0.1.",
@@ -120,6 +130,48 @@ const IMPORTABLE: [Package; 15] = [
             "udp-create-socket",
         ],
     },
+    Package {
+        name: "wasi:cli",
+        version: "0.3.",
+        interfaces: &[
+            "types",
+            "environment",
+            "exit",
+            "stdin",
+            "stdout",
+            "stderr",
+            "terminal-input",
+            "terminal-output",
+            "terminal-stdin",
+            "terminal-stdout",
+            "terminal-stderr",
+        ],
+    },
+    Package {
+        name: "wasi:clocks",
+        version: "0.3.",
+        interfaces: &["types", "system-clock", "monotonic-clock"],
+    },
+    Package {
+        name: "wasi:random",
+        version: "0.3.",
+        interfaces: &["random", "insecure", "insecure-seed"],
+    },
+    Package {
+        name: "wasi:http",
+        version: "0.3.",
+        interfaces: &["types", "client"],
+    },
+    Package {
+        name: "wasi:filesystem",
+        version: "0.3.",
+        interfaces: &["types", "preopens"],
+    },
+    Package {
+        name: "wasi:sockets",
+        version: "0.3.",
+        interfaces: &["types", "ip-name-lookup"],
+    },
 ];
 
 /// The handler of a component: the kind of worker it is.
@@ -127,12 +179,23 @@ const IMPORTABLE: [Package; 15] = [
 pub enum Handler {
     /// Called with one message at a time.
     Message,
+    /// Called with one message at a time; may wait for several things at once.
+    AsyncMessage,
     /// Called with the messages of a batch together.
     Batch,
     /// Called with one message at a time, as wasmCloud does.
     Messaging,
     /// Answers requests over HTTP, and handles no messages.
     Http,
+    /// Answers requests over HTTP as WASI 0.3 defines it.
+    AsyncHttp,
+}
+
+impl Handler {
+    /// Whether it answers requests, and handles no messages.
+    pub fn is_http(self) -> bool {
+        matches!(self, Handler::Http | Handler::AsyncHttp)
+    }
 }
 
 /// The exports and imports of a component, without types, sorted by name.
@@ -149,7 +212,7 @@ impl Surface {
             exports: Vec::new(),
             imports: Vec::new(),
         };
-        let damaged = |error| file_format::damaged(&error, wasm);
+        let damaged = |error| file_format::damaged(&error);
         let mut depth = 0_usize;
         for payload in Parser::new(0).parse_all(wasm) {
             match payload.map_err(damaged)? {
@@ -190,6 +253,7 @@ impl Surface {
     pub fn handler(&self) -> Result<Handler> {
         let kinds = [
             "worker/handler",
+            "worker/async-handler",
             "worker/batch-handler",
             "wasmcloud:messaging/handler",
             "wasi:http/incoming-handler",
@@ -204,14 +268,16 @@ impl Surface {
             .collect();
         match handlers.as_slice() {
             [HANDLER] => Ok(Handler::Message),
+            [ASYNC_HANDLER] => Ok(Handler::AsyncMessage),
             [BATCH_HANDLER] => Ok(Handler::Batch),
             [MESSAGING_HANDLER] => Ok(Handler::Messaging),
             [http] if http.starts_with(HTTP_HANDLER) => Ok(Handler::Http),
+            [http] if http.starts_with(ASYNC_HTTP_HANDLER) => Ok(Handler::AsyncHttp),
             [] => Err(self.missing_handler()),
             [other] => Err(anyhow!(
-                "the component exports {}, but hosts run `{HANDLER}`, `{BATCH_HANDLER}` \
-                 and `{HTTP_HANDLER}x`",
-                quoted(other)
+                "the component exports {}, but hosts run {}",
+                quoted(other),
+                known_handlers("and")
             )
             .hint("build it with this version's interfaces from wit/worker.wit")),
             several => {
@@ -238,23 +304,28 @@ impl Surface {
             "export one, see docs/handlers.md"
         };
         anyhow!(
-            "the component exports no handler: it must export `{HANDLER}`, `{BATCH_HANDLER}` \
-             or `{HTTP_HANDLER}x`, and it exports {}",
+            "the component exports no handler: it must export {}, and it exports {}",
+            known_handlers("or"),
             list(&self.exports)
         )
         .hint(hint)
     }
 
-    /// Refuses a component built for WASI 0.3, with an error that says so.
+    /// Refuses a component built for a release candidate of WASI 0.3, with an error that says so.
     fn check_wasi(&self) -> Result<()> {
-        let is_wasi_3 = |name: &&String| name.starts_with("wasi:") && name.contains("@0.3.");
-        if let Some(name) = self.imports.iter().find(is_wasi_3) {
-            return Err(file_format::wasi_3(&format!("it imports {}", quoted(name))));
-        }
-        if let Some(name) = self.exports.iter().find(is_wasi_3) {
-            return Err(file_format::wasi_3(&format!("it exports {}", quoted(name))));
-        }
-        Ok(())
+        let is_candidate = |name: &&String| name.starts_with("wasi:") && name.contains("@0.3.0-rc");
+        let imported = self.imports.iter().find(is_candidate);
+        let exported = self.exports.iter().find(is_candidate);
+        let clause = match (imported, exported) {
+            (Some(name), _) => format!("it imports {}", quoted(name)),
+            (_, Some(name)) => format!("it exports {}", quoted(name)),
+            _ => return Ok(()),
+        };
+        Err(anyhow!(
+            "the component is built for a release candidate of WASI 0.3, but hosts run WASI 0.3.0: \
+             {clause}"
+        )
+        .hint("build it with a later version of its SDK, or for WASI 0.2"))
     }
 
     fn check_imports(&self) -> Result<()> {
@@ -271,7 +342,7 @@ impl Surface {
         let hint = match provided.is_empty() {
             false if first.contains('@') => format!("hosts provide {}", provided.join("; ")),
             _ => "a worker may import oncely:worker, wasi:logging, wasi:config, wasi:keyvalue, \
-                  wasmcloud:messaging and WASI 0.2; build other imports into it, for example with \
+                  wasmcloud:messaging and WASI; build other imports into it, for example with \
                   `wac plug`"
                 .to_owned(),
         };

@@ -29,3 +29,21 @@ pub mod others {
         },
     });
 }
+
+/// The async handler, which is called in a store with async functions.
+pub mod async_worker {
+    wasmtime::component::bindgen!({
+        path: "../wit",
+        inline: "
+            package oncely:host;
+
+            world async-worker {
+                export oncely:worker/async-handler@0.1.0;
+            }
+        ",
+        exports: { default: async | store },
+        with: {
+            "oncely:worker/types@0.1.0": super::oncely::worker::types,
+        },
+    });
+}

@@ -3,14 +3,14 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use wasmtime::component::Instance;
+use wasmtime::component::{Accessor, Instance};
 use wasmtime::{Store, Trap, UpdateDeadline};
 
 use super::bindings::oncely::worker::types as wit;
 use super::component::{Entry, Guest};
 use super::failure::{
-    CallFailure, HandlerResult, check_result_count, doomed_failure, failure_from_text, failure_from_wit,
-    timeout_failure, trap_failure,
+    CallFailure, HandlerResult, check_result_count, doomed_failure, failure_from_text,
+    failure_from_wit, timeout_failure, trap_failure,
 };
 use super::http;
 use super::imports;
@@ -132,8 +132,9 @@ impl Guest {
             logs,
             record,
             replay_progress,
+            // What an async handler left under way must not go on in the call of another message.
             warm: instance
-                .filter(|_| all_succeeded)
+                .filter(|_| all_succeeded && !self.pre.engine().get_concurrency_support())
                 .map(|instance| WarmInstance { store, instance }),
         })
     }
@@ -154,10 +155,21 @@ impl Guest {
                 store.data_mut().response = response;
                 return Ok(vec![result]);
             }
+            Entry::AsyncHttp(indices) => {
+                let (result, response) = http::serve_async(store, instance, indices).await?;
+                store.data_mut().response = response;
+                return Ok(vec![result]);
+            }
+            Entry::AsyncHandler(indices) => {
+                let message = messages.pop().ok_or_else(no_message)?;
+                let handler = indices.load(&mut *store, &*instance)?;
+                let call = async |accessor: &Accessor<CallState>| {
+                    handler.call_handle(accessor, message).await
+                };
+                vec![store.run_concurrent(call).await??]
+            }
             Entry::Handler(indices) => {
-                let message = messages
-                    .pop()
-                    .ok_or_else(|| wasmtime::Error::msg("a call needs a message"))?;
+                let message = messages.pop().ok_or_else(no_message)?;
                 vec![
                     indices
                         .load(&mut *store, &*instance)?
@@ -166,9 +178,11 @@ impl Guest {
                 ]
             }
             Entry::Messaging(indices) => {
-                let message = store.data().message().map(imports::messaging::broker_message);
-                let message =
-                    message.ok_or_else(|| wasmtime::Error::msg("a call needs a message"))?;
+                let message = store
+                    .data()
+                    .message()
+                    .map(imports::messaging::broker_message);
+                let message = message.ok_or_else(no_message)?;
                 let handler = indices.load(&mut *store, &*instance)?;
                 let result = handler.call_handle_message(&mut *store, &message).await?;
                 return Ok(vec![result.map_err(failure_from_text)]);
@@ -188,7 +202,7 @@ impl Guest {
 
     fn store(&self, call: Call, deadline: Instant) -> Store<CallState> {
         let mut store = Store::new(
-            self.engine.engine(),
+            self.pre.engine(),
             CallState::new(call, deadline, self.is_batch_handler()),
         );
         store.limiter(|state| &mut state.limiter);
@@ -205,6 +219,10 @@ impl Guest {
         });
         store
     }
+}
+
+fn no_message() -> wasmtime::Error {
+    wasmtime::Error::msg("a call needs a message")
 }
 
 fn wit_message(message: &Message) -> wit::Message {

@@ -3,6 +3,8 @@
 use anyhow::{Context, Result};
 use wasmtime::{Config, Engine};
 
+use crate::component;
+
 /// Maximum memory of one guest instance, in bytes. The limit of a manifest may be lower.
 pub(super) const MEMORY_MAX: usize = 512 << 20;
 
@@ -11,7 +13,8 @@ pub(super) const MEMORY_MAX: usize = 512 << 20;
 /// # Errors
 /// The component is not valid WebAssembly.
 pub(super) fn precompile(wasm: &[u8]) -> Result<Vec<u8>> {
-    let engine = Engine::new(&code_config())
+    let kind = EngineKind::of(wasm)?;
+    let engine = Engine::new(&code_config(kind))
         .map_err(anyhow::Error::from)
         .context("start the compiler")?;
     engine
@@ -19,8 +22,30 @@ pub(super) fn precompile(wasm: &[u8]) -> Result<Vec<u8>> {
         .map_err(anyhow::Error::from)
 }
 
+/// The kinds of engines. A component runs in the cheaper one that has what it needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum EngineKind {
+    /// Without async functions, as in WASI 0.2.
+    Sync,
+    /// With the async functions, streams and futures of WASI 0.3.
+    Async,
+}
+
+impl EngineKind {
+    /// The kind that a component needs.
+    ///
+    /// # Errors
+    /// The component is damaged.
+    pub(super) fn of(wasm: &[u8]) -> Result<EngineKind> {
+        Ok(match component::is_async(wasm)? {
+            true => EngineKind::Async,
+            false => EngineKind::Sync,
+        })
+    }
+}
+
 /// The settings that the machine code depends on. The compiler process and the host use the same.
-pub(super) fn code_config() -> Config {
+pub(super) fn code_config(kind: EngineKind) -> Config {
     let mut config = Config::new();
     config
         .memory_init_cow(true)
@@ -35,6 +60,6 @@ pub(super) fn code_config() -> Config {
         .wasm_memory64(false)
         // Composed components copy from one memory to another.
         .wasm_multi_memory(true)
-        .concurrency_support(false);
+        .concurrency_support(kind == EngineKind::Async);
     config
 }

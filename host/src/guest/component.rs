@@ -2,10 +2,13 @@
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
+use wasmtime::Engine;
 use wasmtime::component::{Component, HasSelf, InstancePre, Linker};
 use wasmtime_wasi_http::p2::bindings::exports::wasi::http::incoming_handler;
+use wasmtime_wasi_http::p3::bindings::exports::wasi::http::handler as async_http;
 
 use super::bindings::AnyWorker;
+use super::bindings::async_worker::exports::oncely::worker::async_handler;
 use super::bindings::exports::oncely::worker::{batch_handler, handler};
 use super::bindings::others;
 use super::bindings::others::exports::wasmcloud::messaging::handler as messaging_handler;
@@ -16,7 +19,6 @@ use crate::component::{self, Handler, Surface};
 /// A component that is ready to run. Each message gets an instance of it. Cheap to clone.
 #[derive(Clone)]
 pub struct Guest {
-    pub(super) engine: GuestEngine,
     pub(super) pre: InstancePre<CallState>,
     pub(super) entry: Entry,
     surface: Surface,
@@ -29,6 +31,8 @@ pub(super) enum Entry {
     BatchHandler(batch_handler::GuestIndices),
     Messaging(messaging_handler::GuestIndices),
     Http(incoming_handler::GuestIndices),
+    AsyncHandler(async_handler::GuestIndices),
+    AsyncHttp(async_http::GuestIndices),
 }
 
 impl Guest {
@@ -42,17 +46,20 @@ impl Guest {
         let inspected = wasm.clone();
         let surface = blocking(move || component::inspect(&inspected)).await?;
         let component = engine.component(&wasm).await?;
-        let engine = engine.clone();
-        blocking(move || Guest::link(engine, &component, surface)).await
+        blocking(move || Guest::link(&component, surface)).await
     }
 
-    fn link(engine: GuestEngine, component: &Component, surface: Surface) -> Result<Guest> {
-        let pre = linker(&engine)?
+    fn link(component: &Component, surface: Surface) -> Result<Guest> {
+        let pre = linker(component.engine())?
             .instantiate_pre(component)
             .map_err(anyhow::Error::from)
             .context("link the component")?;
         let entry = match surface.handler()? {
             Handler::Message => handler::GuestIndices::new(&pre).map(Entry::Handler),
+            Handler::AsyncMessage => {
+                async_handler::GuestIndices::new(&pre).map(Entry::AsyncHandler)
+            }
+            Handler::AsyncHttp => async_http::GuestIndices::new(&pre).map(Entry::AsyncHttp),
             Handler::Batch => batch_handler::GuestIndices::new(&pre).map(Entry::BatchHandler),
             Handler::Messaging => messaging_handler::GuestIndices::new(&pre).map(Entry::Messaging),
             Handler::Http => incoming_handler::GuestIndices::new(&pre).map(Entry::Http),
@@ -61,7 +68,6 @@ impl Guest {
             .map_err(anyhow::Error::from)
             .context("link the handler")?;
         Ok(Guest {
-            engine,
             pre,
             entry,
             surface,
@@ -80,6 +86,8 @@ impl Guest {
             Entry::BatchHandler(_) => Handler::Batch,
             Entry::Messaging(_) => Handler::Messaging,
             Entry::Http(_) => Handler::Http,
+            Entry::AsyncHandler(_) => Handler::AsyncMessage,
+            Entry::AsyncHttp(_) => Handler::AsyncHttp,
         }
     }
 
@@ -89,13 +97,17 @@ impl Guest {
     }
 }
 
-fn linker(engine: &GuestEngine) -> Result<Linker<CallState>> {
-    let mut linker = Linker::new(engine.engine());
+fn linker(engine: &Engine) -> Result<Linker<CallState>> {
+    let mut linker = Linker::new(engine);
     AnyWorker::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)
         .and_then(|()| others::Others::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state))
         .and_then(|()| wasmtime_wasi::p2::add_to_linker_async(&mut linker))
         .and_then(|()| wasmtime_wasi_http::p2::add_only_http_to_linker_async(&mut linker))
         .and_then(|()| super::wasi::add_to_linker(&mut linker))
+        .and_then(|()| match engine.get_concurrency_support() {
+            true => super::wasi3::add_to_linker(&mut linker),
+            false => Ok(()),
+        })
         .map_err(anyhow::Error::from)
         .context("link the imports")?;
     Ok(linker)

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::hash::{Hash, Hasher};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
@@ -12,7 +13,7 @@ use sha2::{Digest, Sha256};
 use wasmtime::component::Component;
 use wasmtime::{Enabled, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};
 
-use super::code::{MEMORY_MAX, code_config};
+use super::code::{EngineKind, MEMORY_MAX, code_config};
 use super::compile::{CompileError, Compiler, ComponentDigest};
 use crate::component;
 use crate::config::CompileSettings;
@@ -24,10 +25,14 @@ pub const EPOCH_INTERVAL: Duration = Duration::from_millis(10);
 /// Maximum number of guests that run at the same time in one host.
 const INSTANCES_MAX: u32 = 256;
 
-/// An engine with its cache folder of compiled components. Cheap to clone.
+/// The engines with their cache folder of compiled components. Cheap to clone.
 #[derive(Clone)]
 pub struct GuestEngine {
+    /// For components of WASI 0.2.
     engine: Engine,
+    /// For components with async functions. It starts with the first of them, since its pool of
+    /// instances takes as much address space as the other one.
+    async_engine: Arc<Mutex<Option<Engine>>>,
     cache: PathBuf,
     compiler: Compiler,
 }
@@ -41,17 +46,27 @@ impl GuestEngine {
     /// space for the pool.
     pub fn new(cache: &Path, compile: CompileSettings) -> Result<Self> {
         make_private_folder(cache)?;
-        let engine = pooled_engine().context("start the WebAssembly engine")?;
-        spawn_epoch_thread(&engine)?;
         Ok(GuestEngine {
-            engine,
+            engine: start_engine(EngineKind::Sync)?,
+            async_engine: Arc::default(),
             cache: cache.to_owned(),
             compiler: Compiler::new(compile),
         })
     }
 
-    pub(super) fn engine(&self) -> &Engine {
-        &self.engine
+    /// The engine of a kind. Starts it if it is the first of its kind.
+    fn engine(&self, kind: EngineKind) -> Result<Engine> {
+        if kind == EngineKind::Sync {
+            return Ok(self.engine.clone());
+        }
+        let mut engine = self
+            .async_engine
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(engine) = &*engine {
+            return Ok(engine.clone());
+        }
+        Ok(engine.insert(start_engine(kind)?).clone())
     }
 
     /// Compiles an inspected component, or loads the machine code that an earlier run made for this
@@ -61,10 +76,15 @@ impl GuestEngine {
     /// The component is refused, now or before, or the compiler failed.
     pub(super) async fn component(&self, wasm: &Bytes) -> Result<Component> {
         // Try the cache.
-        let hashed = wasm.clone();
-        let digest: ComponentDigest = blocking(move || Ok(Sha256::digest(&hashed).into())).await?;
-        let path = self.cached_path(&digest);
-        if let Some(component) = self.load_compiled(&path).await? {
+        let (engines, hashed) = (self.clone(), wasm.clone());
+        let (engine, digest) = blocking(move || {
+            let engine = engines.engine(EngineKind::of(&hashed)?)?;
+            let digest: ComponentDigest = Sha256::digest(&hashed).into();
+            Ok((engine, digest))
+        })
+        .await?;
+        let path = self.cached_path(&engine, &digest);
+        if let Some(component) = load_cached(&engine, &path).await? {
             return Ok(component);
         }
         self.compiler.check_refusals(&digest)?;
@@ -72,7 +92,7 @@ impl GuestEngine {
         // Wait for the compiler.
         let permit = self.compiler.acquire().await?;
         // Another load may have compiled it in the meantime.
-        if let Some(component) = self.load_compiled(&path).await? {
+        if let Some(component) = load_cached(&engine, &path).await? {
             return Ok(component);
         }
         self.compiler.check_refusals(&digest)?;
@@ -90,7 +110,6 @@ impl GuestEngine {
         drop(permit);
 
         // Cache the machine code and load it.
-        let engine = self.engine.clone();
         blocking(move || {
             if let Err(error) = write_compiled(&code, &path) {
                 tracing::warn!(
@@ -106,11 +125,9 @@ impl GuestEngine {
 
     /// Path of the cached machine code. The name depends on the bytes of the component and on the
     /// engine version and settings.
-    fn cached_path(&self, digest: &ComponentDigest) -> PathBuf {
+    fn cached_path(&self, engine: &Engine, digest: &ComponentDigest) -> PathBuf {
         let mut hasher = std::hash::DefaultHasher::new();
-        self.engine
-            .precompile_compatibility_hash()
-            .hash(&mut hasher);
+        engine.precompile_compatibility_hash().hash(&mut hasher);
         self.cache.join(format!(
             "{}-{:016x}.cwasm",
             hex::encode(digest),
@@ -132,11 +149,11 @@ impl GuestEngine {
         let folder = self.cache.clone();
         blocking(move || remove_compiled(&folder, &deployed, min_age)).await
     }
+}
 
-    async fn load_compiled(&self, path: &Path) -> Result<Option<Component>> {
-        let (engine, path) = (self.engine.clone(), path.to_owned());
-        blocking(move || Ok(load_compiled(&engine, &path))).await
-    }
+async fn load_cached(engine: &Engine, path: &Path) -> Result<Option<Component>> {
+    let (engine, path) = (engine.clone(), path.to_owned());
+    blocking(move || Ok(load_compiled(&engine, &path))).await
 }
 
 /// Runs long work outside the async threads. A panic in it becomes an error.
@@ -223,7 +240,14 @@ fn write_compiled(code: &[u8], path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn pooled_engine() -> Result<Engine> {
+/// Starts an engine with pooled instances whose guests check their deadlines.
+fn start_engine(kind: EngineKind) -> Result<Engine> {
+    let engine = pooled_engine(kind).context("start the WebAssembly engine")?;
+    spawn_epoch_thread(&engine)?;
+    Ok(engine)
+}
+
+fn pooled_engine(kind: EngineKind) -> Result<Engine> {
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(INSTANCES_MAX)
         .total_core_instances(4 * INSTANCES_MAX)
@@ -242,7 +266,7 @@ fn pooled_engine() -> Result<Engine> {
         .linear_memory_keep_resident(2 << 20)
         .table_keep_resident(512 << 10)
         .pagemap_scan(Enabled::Auto);
-    let mut config = code_config();
+    let mut config = code_config(kind);
     config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
     Engine::new(&config).map_err(anyhow::Error::from)
 }

@@ -1,4 +1,5 @@
-//! HTTP workers: calls `wasi:http/incoming-handler` with one request and reads its response.
+//! HTTP workers: calls `wasi:http/incoming-handler`, or `handler` of WASI 0.3, with one request and
+//! reads its response.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -7,11 +8,13 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use tokio::sync::oneshot;
 use wasmtime::Store;
-use wasmtime::component::Instance;
+use wasmtime::component::{Accessor, Instance};
 use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::p2::bindings::exports::wasi::http::incoming_handler;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
+use wasmtime_wasi_http::p3;
+use wasmtime_wasi_http::p3::bindings::exports::wasi::http::handler as async_handler;
 
 use super::failure::{CallFailure, FailureKind, HandlerResult};
 use super::state::CallState;
@@ -28,6 +31,64 @@ const FINAL_STATUSES: RangeInclusive<u16> = 200..=599;
 
 type HandlerResponse = Result<hyper::Response<HyperOutgoingBody>, ErrorCode>;
 
+/// Calls an async handler of WASI 0.3, and reads its response, whose body may follow after it has
+/// returned.
+///
+/// # Errors
+/// A trap of the handler, or a request that is not valid HTTP.
+pub(super) async fn serve_async(
+    store: &mut Store<CallState>,
+    instance: &Instance,
+    indices: &async_handler::GuestIndices,
+) -> wasmtime::Result<(HandlerResult, Option<HttpResponse>)> {
+    let most = response_max(store.data());
+    let Some(call) = &store.data().call.request else {
+        return Ok((Err(no_request()), None));
+    };
+    let mut request = hyper_request(&call.request)?;
+    // A server names itself by scheme and authority, as far as the authority is one.
+    let uri = format!(
+        "http://{}{}",
+        call.request.authority, call.request.path_and_query
+    );
+    if let Ok(uri) = uri.parse() {
+        *request.uri_mut() = uri;
+    }
+    let view = store.data_mut().http();
+    let (request, _) = p3::Request::from_http(view.hooks, request);
+    let request = view.table.push(request)?;
+    let handler = indices.load(&mut *store, instance)?;
+    let call = async |accessor: &Accessor<CallState>| -> wasmtime::Result<_> {
+        let response = match handler.call_handle(accessor, request).await? {
+            Ok(response) => response,
+            Err(code) => return Ok(Err(error_response(&code))),
+        };
+        let response = accessor.with(|mut access| {
+            let response = access.data_mut().http().table.delete(response)?;
+            response.into_http(access, async { Ok(()) })
+        })?;
+        Ok(read_parts(response, most).await)
+    };
+    Ok(match store.run_concurrent(call).await?? {
+        Ok(response) => (Ok(()), Some(response)),
+        Err(failure) => (Err(failure), None),
+    })
+}
+
+fn response_max(state: &CallState) -> usize {
+    usize::try_from(state.call.worker.limits.response_size).unwrap_or(usize::MAX)
+}
+
+fn no_request() -> CallFailure {
+    let why = "an HTTP worker handles requests, not messages";
+    CallFailure::new(FailureKind::Retry, "no-request", why)
+}
+
+fn error_response(code: &impl std::fmt::Debug) -> CallFailure {
+    let why = format!("the handler returned an error response: {code:?}");
+    CallFailure::new(FailureKind::Retry, "error-response", why)
+}
+
 /// Calls the handler and waits until it has returned and its response is complete.
 ///
 /// # Errors
@@ -37,13 +98,9 @@ pub(super) async fn serve(
     instance: &Instance,
     indices: &incoming_handler::GuestIndices,
 ) -> wasmtime::Result<(HandlerResult, Option<HttpResponse>)> {
-    let most = usize::try_from(store.data().call.worker.limits.response_size).unwrap_or(usize::MAX);
+    let most = response_max(store.data());
     let Some(call) = &store.data().call.request else {
-        let why = "an HTTP worker handles requests, not messages";
-        return Ok((
-            Err(CallFailure::new(FailureKind::Retry, "no-request", why)),
-            None,
-        ));
+        return Ok((Err(no_request()), None));
     };
 
     // Pass the request to the handler.
@@ -104,22 +161,27 @@ async fn read_response(
     receiver: oneshot::Receiver<HandlerResponse>,
     most: usize,
 ) -> Result<HttpResponse, CallFailure> {
+    match receiver.await {
+        Ok(Ok(response)) => read_parts(response, most).await,
+        Ok(Err(code)) => Err(error_response(&code)),
+        Err(_) => Err(CallFailure::new(
+            FailureKind::Retry,
+            "no-response",
+            "the handler returned without a response",
+        )),
+    }
+}
+
+/// Checks the status of a response, and reads its body.
+async fn read_parts<B>(
+    response: hyper::Response<B>,
+    most: usize,
+) -> Result<HttpResponse, CallFailure>
+where
+    B: hyper::body::Body<Data = Bytes>,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
     let failed = |code: &str, why: String| CallFailure::new(FailureKind::Retry, code, why);
-    let response = match receiver.await {
-        Ok(Ok(response)) => response,
-        Ok(Err(code)) => {
-            return Err(failed(
-                "error-response",
-                format!("the handler returned an error response: {code:?}"),
-            ));
-        }
-        Err(_) => {
-            return Err(failed(
-                "no-response",
-                "the handler returned without a response".to_owned(),
-            ));
-        }
-    };
     let (parts, body) = response.into_parts();
     let status = parts.status.as_u16();
     if !FINAL_STATUSES.contains(&status) {

@@ -13,7 +13,7 @@ use crate::model::hint::WithHint;
 /// setting to change.
 pub fn check_kind(worker: &Worker, handler: Handler) -> Result<()> {
     let name = &worker.name;
-    match (worker.routes.is_empty(), handler == Handler::Http) {
+    match (worker.routes.is_empty(), handler.is_http()) {
         (true, true) => Err(anyhow!(
             "the component of worker {name} answers requests, and the manifest gives it a stream"
         ))

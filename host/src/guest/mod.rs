@@ -24,6 +24,7 @@ mod record;
 mod recorder;
 mod state;
 mod wasi;
+mod wasi3;
 
 pub use backends::{CacheReader, CachedValue, Database};
 pub use call::{CallOutcome, WarmInstance};

@@ -81,7 +81,7 @@ impl wall_clock::Host for CallState {
 
 impl CallState {
     /// Nanoseconds since the instance was created.
-    fn elapsed(&self) -> u64 {
+    pub(super) fn elapsed(&self) -> u64 {
         u64::try_from(self.instantiated_at.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 }

@@ -83,7 +83,10 @@ impl From<Error> for draft2::store::Error {
 }
 
 impl CallState {
-    fn open_bucket(&mut self, identifier: &str) -> wasmtime::Result<Result<Resource<Bucket>, Error>> {
+    fn open_bucket(
+        &mut self,
+        identifier: &str,
+    ) -> wasmtime::Result<Result<Resource<Bucket>, Error>> {
         let name = if identifier.is_empty() {
             DEFAULT_BUCKET
         } else {
@@ -102,7 +105,11 @@ impl CallState {
         Ok(format!("{}{key}", bucket.prefix))
     }
 
-    async fn entry(&mut self, bucket: &Resource<Bucket>, key: &str) -> Outcome<Option<state::Entry>> {
+    async fn entry(
+        &mut self,
+        bucket: &Resource<Bucket>,
+        key: &str,
+    ) -> Outcome<Option<state::Entry>> {
         let key = self.key_of(bucket, key)?;
         Ok(Ok(value!(state::Host::get(self, key))))
     }
@@ -330,30 +337,45 @@ macro_rules! keyvalue {
     };
 }
 
-keyvalue!(draft, u64, u64, page_at, Option<(String, Vec<u8>)>, |(key, value)| value
-    .map(|value| (key, value)), {});
+keyvalue!(
+    draft,
+    u64,
+    u64,
+    page_at,
+    Option<(String, Vec<u8>)>,
+    |(key, value)| value.map(|value| (key, value)),
+    {}
+);
 
-keyvalue!(draft2, i64, String, page, (String, Option<Vec<u8>>), |many| many, {
-    async fn swap(
-        &mut self,
-        cas: Resource<Cas>,
-        value: Vec<u8>,
-    ) -> wasmtime::Result<Result<(), draft2::atomics::CasError>> {
-        let Cas { key, version, .. } = self.ctx().table.delete(cas)?;
-        let swapped = state::Host::compare_and_set(self, key.clone(), version, value);
-        match swapped.await? {
-            Ok(_) => Ok(Ok(())),
-            Err(state::Error::VersionMismatch(_)) => {
-                let newer = match self.cas(key).await? {
-                    Ok(newer) => newer,
-                    Err(error) => return Ok(Err(error.into())),
-                };
-                Ok(Err(draft2::atomics::CasError::CasFailed(newer)))
+keyvalue!(
+    draft2,
+    i64,
+    String,
+    page,
+    (String, Option<Vec<u8>>),
+    |many| many,
+    {
+        async fn swap(
+            &mut self,
+            cas: Resource<Cas>,
+            value: Vec<u8>,
+        ) -> wasmtime::Result<Result<(), draft2::atomics::CasError>> {
+            let Cas { key, version, .. } = self.ctx().table.delete(cas)?;
+            let swapped = state::Host::compare_and_set(self, key.clone(), version, value);
+            match swapped.await? {
+                Ok(_) => Ok(Ok(())),
+                Err(state::Error::VersionMismatch(_)) => {
+                    let newer = match self.cas(key).await? {
+                        Ok(newer) => newer,
+                        Err(error) => return Ok(Err(error.into())),
+                    };
+                    Ok(Err(draft2::atomics::CasError::CasFailed(newer)))
+                }
+                Err(error) => Ok(Err(Error::from(error).into())),
             }
-            Err(error) => Ok(Err(Error::from(error).into())),
         }
     }
-});
+);
 
 impl From<Error> for draft2::atomics::CasError {
     fn from(error: Error) -> Self {
