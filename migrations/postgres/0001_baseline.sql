@@ -931,7 +931,7 @@ end $$;
 
 -- The existing keys that begin with a prefix and follow a key, in the order of their bytes.
 create function oncely_definer.list_state(
-    token bytea, worker text, prefix text, after text, most integer
+    token bytea, worker text, prefix text, after text, most bigint
 ) returns table (key text)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$

@@ -71,7 +71,7 @@ fn files_that_are_no_component_are_named_in_the_error() -> Result<()> {
     let folder = folder.path();
     let good = std::fs::read(guests::component()?)?;
     let wasi_3 = r#"(component
-        (import "wasi:clocks/monotonic-clock@0.3.0" (instance))
+        (import "wasi:clocks/monotonic-clock@0.3.0-rc-2026-03-15" (instance))
         (instance $none) (export "wasi:http/handler@0.3.0" (instance $none)))"#;
     let core_module = r#"(module (import "wasi_snapshot_preview1" "fd_write" (func)))"#;
     let cases: [(&[u8], &str); 7] = [
@@ -85,7 +85,7 @@ fn files_that_are_no_component_are_named_in_the_error() -> Result<()> {
         ),
         (
             &wat::parse_str(wasi_3)?,
-            "the component is built for WASI 0.3, but hosts run WASI 0.2",
+            "the component is built for a release candidate of WASI 0.3",
         ),
         (
             &wat::parse_str("(component)")?,

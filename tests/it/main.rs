@@ -54,6 +54,7 @@ mod repair;
 mod dry_run;
 mod hosts;
 mod installations;
+mod others;
 mod outage;
 mod packaging;
 mod redrive;

@@ -25,6 +25,24 @@ pub fn http_component() -> Result<PathBuf> {
     build_once(&BUILT, "tests/http-guest")
 }
 
+/// The component of `tests/messaging-guest`, which is made for wasmCloud.
+pub fn messaging_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    build_once(&BUILT, "tests/messaging-guest")
+}
+
+/// The component of `tests/async-guest`, whose handler is an async function.
+pub fn async_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    build_once(&BUILT, "tests/async-guest")
+}
+
+/// The component of `tests/async-http-guest`, which answers requests as WASI 0.3 defines it.
+pub fn async_http_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    build_once(&BUILT, "tests/async-http-guest")
+}
+
 /// The component of `examples/ledger/api`.
 pub fn ledger_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();

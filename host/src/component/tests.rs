@@ -198,6 +198,39 @@ fn a_component_without_one_handler_of_this_version_is_refused() {
     }
 }
 
+/// The rows of `docs/components.md`: a component with these exports and imports runs or is refused.
+#[test]
+fn the_table_of_components_made_elsewhere_is_true() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/components.md");
+    let document = std::fs::read_to_string(path).unwrap();
+    let mut rows = 0;
+    for line in document.lines().filter(|line| line.contains("| export `")) {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let [_, needs, result] = cells.as_slice() else {
+            panic!("{line}");
+        };
+        let named = |kind: &str| -> Vec<&str> {
+            let parts = needs.split(", ").filter_map(|part| part.strip_prefix(kind));
+            parts.map(|name| name.trim().trim_matches('`')).collect()
+        };
+        let (exports, imports) = (named("export"), named("import"));
+        let inspected = inspect(&component(&imports, &exports));
+        match result.strip_prefix("refused: ") {
+            None => assert!(
+                *result == "runs" && inspected.is_ok(),
+                "{line}: {inspected:?}"
+            ),
+            Some(_) => {
+                let error = format!("{:#}", inspected.unwrap_err());
+                let cause = imports.last().or(exports.last()).unwrap();
+                assert!(error.contains(cause), "{line}: {error}");
+            }
+        }
+        rows += 1;
+    }
+    assert!(rows >= 20, "{rows}");
+}
+
 #[test]
 fn only_imports_that_hosts_provide_are_accepted() {
     let importing = |name: &str| inspect(&component(&[name], &[HANDLER]));
@@ -211,11 +244,21 @@ fn only_imports_that_hosts_provide_are_accepted() {
         "wasi:sockets/tcp@0.2.3",
         "wasi:filesystem/preopens@0.2.6",
         "wasi:http/outgoing-handler@0.2.0",
+        "wasi:keyvalue/batch@0.2.0-draft2",
+        "wasi:config/runtime@0.2.0-draft",
+        "wasi:config/store@0.2.0-draft-2024-09-27",
+        "wasmcloud:messaging/consumer@0.2.0",
+        "wasi:http/client@0.3.0",
+        "wasi:clocks/monotonic-clock@0.3.2",
     ] {
         assert!(importing(provided).is_ok(), "{provided}");
     }
     for refused in [
-        "wasi:keyvalue/store@0.2.0-draft",
+        "wasi:keyvalue/store@0.2.0",
+        "wasi:keyvalue/watcher@0.2.0-draft",
+        "wasi:keyvalue/store@0.2.0-draft3",
+        "wasmcloud:messaging/request-reply@0.2.0",
+        "spin:key-value/key-value@3.0.0",
         "wasi:cli/anything@0.2.0",
         "wasi:io/poll@0.2.0-rc.2",
         "wasi:io/poll@0.20.0",
@@ -242,27 +285,58 @@ fn only_imports_that_hosts_provide_are_accepted() {
 }
 
 #[test]
-fn a_component_for_wasi_3_is_reported_as_such() {
-    let imports = component(&["wasi:cli/stdout@0.3.0"], &[HANDLER]);
-    let exports = component(&[], &["wasi:http/handler@0.3.0"]);
-    let candidate = component(
-        &["wasi:clocks/types@0.3.0-rc-2026-02-09"],
-        &["wasi:cli/run@0.3.0-rc-2026-02-09"],
-    );
-    for wasm in [imports, exports, candidate] {
+fn a_component_for_wasi_3_runs_and_a_release_candidate_is_reported_as_such() {
+    for (import, export, handler) in [
+        (
+            "wasi:cli/stdout@0.3.0",
+            "wasi:http/handler@0.3.0",
+            Handler::AsyncHttp,
+        ),
+        (
+            "wasi:clocks/system-clock@0.3.1",
+            "oncely:worker/async-handler@0.1.0",
+            Handler::AsyncMessage,
+        ),
+    ] {
+        let surface = inspect(&component(&[import], &[export])).unwrap();
+        assert_eq!(surface.handler().unwrap(), handler);
+    }
+
+    let imports = component(&["wasi:clocks/types@0.3.0-rc-2026-02-09"], &[HANDLER]);
+    let exports = component(&[], &["wasi:http/handler@0.3.0-rc-2026-03-15"]);
+    for wasm in [imports, exports] {
         let (error, hint) = refusal(&wasm);
         assert!(
-            error.contains("built for WASI 0.3, but hosts run WASI 0.2"),
+            error.contains("built for a release candidate of WASI 0.3"),
             "{error}"
         );
-        assert!(hint.contains("wasm32-wasip2"), "{hint}");
+        assert!(error.contains("@0.3.0-rc-2026-0"), "{error}");
+        assert!(hint.contains("later version of its SDK"), "{hint}");
     }
-    let asynchronous = r#"(component (type (future)))"#;
-    let error = check_code(&wat::parse_str(asynchronous).unwrap()).unwrap_err();
-    assert!(
-        format!("{error:#}").contains("built for WASI 0.3"),
-        "{error:#}"
-    );
+}
+
+#[test]
+fn async_functions_are_found_wherever_they_are() {
+    for (text, expected) in [
+        ("(component)", false),
+        ("(component (type (future)))", true),
+        ("(component (type (stream u8)))", true),
+        ("(component (type (func async)))", true),
+        ("(component (type (func)))", false),
+        (
+            "(component (type (instance (export \"f\" (func async)))))",
+            true,
+        ),
+        (
+            "(component (component (core func (canon task.return))))",
+            true,
+        ),
+        ("(component (component (type (list u8))))", false),
+    ] {
+        let wasm = wat::parse_str(text).unwrap();
+        assert_eq!(is_async(&wasm).unwrap(), expected, "{text}");
+        check_code(&wasm).unwrap();
+    }
 }
 
 /// A component that contains code.

@@ -30,6 +30,10 @@ const GRACE: Duration = Duration::from_millis(500);
 /// Maximum number of bytes that one host call may copy out of guest memory.
 const HOST_CALL_BYTES: usize = 32 << 20;
 
+/// Maximum number of handles of one instance: resources, streams, futures, tasks. The host keeps
+/// some hundred bytes for each.
+const HANDLES_MAX: usize = 10_000;
+
 /// The outcome of a call.
 pub struct CallOutcome {
     /// One result for each message. The outer error means that the call failed as a whole.
@@ -207,6 +211,7 @@ impl Guest {
         );
         store.limiter(|state| &mut state.limiter);
         store.set_hostcall_fuel(HOST_CALL_BYTES);
+        store.set_max_component_handles(HANDLES_MAX);
         store.epoch_deadline_callback(|context| {
             if Instant::now() >= context.data().deadline {
                 return Err(wasmtime::Error::from(Trap::Interrupt));

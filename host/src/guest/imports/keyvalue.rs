@@ -1,7 +1,7 @@
 //! `wasi:keyvalue`: buckets are parts of the worker's keyed state, in its transaction.
 //!
-//! The key `K` of the bucket `B` is the key `B/K` of the state. Both drafts have the same functions,
-//! except for their cursors, and for `cas` of the second one.
+//! The key `K` of the bucket `B` is the key `B/K` of the state. Both drafts have the same functions
+//! except for their cursors and `cas` of the second one.
 
 use std::sync::Arc;
 

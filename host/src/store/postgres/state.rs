@@ -40,7 +40,7 @@ pub(in crate::store) async fn list(
         .bind(worker)
         .bind(prefix)
         .bind(after)
-        .bind(shared::signed(most.into())?.min(i64::from(i32::MAX)))
+        .bind(i64::from(most))
         .fetch_all(session.connection())
         .await
         .doing("list state")?;
