@@ -23,9 +23,9 @@ pub mod others {
         imports: { default: async | trappable },
         exports: { default: async },
         with: {
-            "wasi:keyvalue/store@0.2.0-draft.bucket": crate::guest::imports::keyvalue::Bucket,
-            "wasi:keyvalue/store@0.2.0-draft2.bucket": crate::guest::imports::keyvalue::Bucket,
-            "wasi:keyvalue/atomics@0.2.0-draft2.cas": crate::guest::imports::keyvalue::Cas,
+            "wasi:keyvalue/store@0.2.0-draft.bucket": crate::guest::bucket::Bucket,
+            "wasi:keyvalue/store@0.2.0-draft2.bucket": crate::guest::bucket::Bucket,
+            "wasi:keyvalue/atomics@0.2.0-draft2.cas": crate::guest::bucket::Cas,
         },
     });
 }

@@ -9,6 +9,7 @@
 
 mod backends;
 mod bindings;
+mod bucket;
 mod call;
 mod code;
 mod compile;

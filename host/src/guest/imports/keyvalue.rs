@@ -11,6 +11,7 @@ use wasmtime_wasi::WasiView;
 use super::super::bindings::oncely::worker::state;
 use super::super::bindings::others::wasi::keyvalue0_2_0_draft as draft;
 use super::super::bindings::others::wasi::keyvalue0_2_0_draft2 as draft2;
+use crate::guest::bucket::{Bucket, Cas};
 use crate::guest::record::{HostCall, HostResult};
 use crate::guest::state::CallState;
 
@@ -19,20 +20,6 @@ const DEFAULT_BUCKET: &str = "default";
 
 /// Keys that one call of `list-keys` returns, at most.
 const PAGE: u32 = 500;
-
-/// An open bucket.
-pub struct Bucket {
-    /// The beginning of its keys in the state: its name and a slash.
-    prefix: String,
-}
-
-/// A key to compare and swap.
-pub struct Cas {
-    key: String,
-    /// The version that a swap expects.
-    version: Option<u64>,
-    value: Option<Vec<u8>>,
-}
 
 /// Why an operation failed.
 enum Error {

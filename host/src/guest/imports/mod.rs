@@ -19,7 +19,7 @@ use crate::model::units;
 
 mod cache;
 mod config;
-pub mod keyvalue;
+mod keyvalue;
 pub(super) mod messaging;
 mod outbox;
 mod sql;

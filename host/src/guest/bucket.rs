@@ -1,0 +1,15 @@
+//! The resources of `wasi:keyvalue` that a guest holds.
+
+/// An open bucket.
+pub struct Bucket {
+    /// The beginning of its keys in the state: its name and a slash.
+    pub prefix: String,
+}
+
+/// A key to compare and swap.
+pub struct Cas {
+    pub key: String,
+    /// The version that a swap expects.
+    pub version: Option<u64>,
+    pub value: Option<Vec<u8>>,
+}
