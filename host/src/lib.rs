@@ -18,6 +18,9 @@ mod alarms;
 // Dead letters: dry run of a redrive, verification afterwards, replay of a failed attempt.
 mod dlq;
 
+// Tests of handlers: cases with messages and expected effects, crashes, races.
+mod testing;
+
 // A running worker: pulls messages, keeps them in order, runs batches in lanes.
 mod consumer;
 // HTTP requests to handlers, each with one effect per idempotency key.

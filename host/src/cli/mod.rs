@@ -26,6 +26,7 @@ mod signals;
 mod state;
 mod status;
 pub mod term;
+mod test;
 mod watch;
 
 /// The version and the commit, such as `0.1.0 (1a2b3c4d5e6f)`.
@@ -45,6 +46,7 @@ enum Command {
     Dev(dev::Dev),
     Run(Box<run::Run>),
     Build(build::Build),
+    Test(test::Test),
     Deploy(deploy::Deploy),
     Rollback(deploy::Rollback),
     Retire(deploy::Retire),
@@ -69,6 +71,7 @@ impl Cli {
             Command::Dev(dev) => dev.run().await,
             Command::Run(run) => run.run().await,
             Command::Build(build) => build.run(),
+            Command::Test(test) => test.run().await,
             Command::Deploy(deploy) => deploy.run().await,
             Command::Rollback(rollback) => rollback.run().await,
             Command::Retire(retire) => retire.run().await,

@@ -37,7 +37,7 @@ use batch::{GroupEffects, GroupRun};
 pub use connection_breaks::ConnectionBreaks;
 pub use dry_run::DryRunOutcome;
 use item::{BatchItem, FailedCall, Fate};
-use shared_tx::SharedTx;
+pub(crate) use shared_tx::SharedTx;
 
 /// The lease of committed outputs. For this long after the commit, only the committing host
 /// publishes them.

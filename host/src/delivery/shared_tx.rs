@@ -15,7 +15,7 @@ use crate::store::{StoreError, Tx};
 
 /// A transaction that the guests of a batch share. Cheap to clone.
 #[derive(Clone)]
-pub(super) struct SharedTx {
+pub(crate) struct SharedTx {
     dialect: Dialect,
     /// The lock gives exclusive access to the transaction. An operation holds it from start to end.
     /// A stopped guest therefore cannot run a statement after its item was rolled back.
@@ -46,7 +46,7 @@ impl TxSlot {
 }
 
 impl SharedTx {
-    pub(super) fn new(dialect: Dialect, tx: Tx) -> Self {
+    pub(crate) fn new(dialect: Dialect, tx: Tx) -> Self {
         SharedTx {
             dialect,
             slot: Arc::new(Mutex::new(TxSlot {
@@ -60,13 +60,13 @@ impl SharedTx {
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] if it was taken before.
-    pub(super) async fn take_tx(&self) -> Result<Tx, StoreError> {
+    pub(crate) async fn take_tx(&self) -> Result<Tx, StoreError> {
         let missing = || StoreError::Unavailable(anyhow::anyhow!("the transaction is missing"));
         self.slot.lock().await.tx.take().ok_or_else(missing)
     }
 
     /// Starts the next item. Its savepoint is set before its first statement.
-    pub(super) async fn begin_item(&self) {
+    pub(crate) async fn begin_item(&self) {
         self.slot.lock().await.needs_savepoint = true;
     }
 
@@ -75,7 +75,7 @@ impl SharedTx {
     ///
     /// # Errors
     /// The rollback failed for another reason.
-    pub(super) async fn undo_item(&self) -> anyhow::Result<bool> {
+    pub(crate) async fn undo_item(&self) -> anyhow::Result<bool> {
         let mut slot = self.slot.lock().await;
         if slot.needs_savepoint {
             return Ok(true);

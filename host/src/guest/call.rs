@@ -53,6 +53,8 @@ pub struct CallOutcome {
     pub logs: String,
     /// The record of a failed call, without the failure of the single message.
     pub record: Option<Box<Record>>,
+    /// The number of host calls.
+    pub host_calls: u64,
     /// The progress of a replay.
     pub replay_progress: Option<ReplayProgress>,
     /// The instance, if all messages succeeded. It can be called again.
@@ -121,6 +123,7 @@ impl Guest {
 
         // Complete the record or the replay.
         let recorder = std::mem::take(&mut state.call.recorder);
+        let host_calls = recorder.calls();
         let (record, replay_progress) = match (recorder.is_playback(), all_succeeded) {
             (true, _) => (None, Some(recorder.into_progress())),
             (false, true) => (None, None),
@@ -135,6 +138,7 @@ impl Guest {
             ran_sql: state.statements > 0,
             logs,
             record,
+            host_calls,
             replay_progress,
             // What an async handler left under way must not go on in the call of another message.
             warm: instance

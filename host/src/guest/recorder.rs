@@ -10,6 +10,9 @@ use super::record::{AttemptInputs, HostCall, HostResult, RECORD_MAX, Record, Ste
 /// Bytes that a step counts for besides its arguments and result.
 const STEP_SIZE: usize = 64;
 
+/// The error of a pretended crash.
+const CRASH: &str = "the host crashed";
+
 /// The recorder of one call.
 #[derive(Debug, Default)]
 pub struct Recorder {
@@ -19,6 +22,10 @@ pub struct Recorder {
     size: usize,
     pub(super) truncated: bool,
     playback: Option<Playback>,
+    /// The number of calls so far.
+    calls: u64,
+    /// The call, counted from 1, at which the host pretends to crash.
+    crash_at: Option<u64>,
 }
 
 /// The steps of a record that are still to be played back.
@@ -72,6 +79,19 @@ impl Recorder {
         }
     }
 
+    /// A recorder that ends the guest at a host call, counted from 1, as a crash would.
+    pub fn crashing_at(call: u64) -> Self {
+        Recorder {
+            crash_at: Some(call),
+            ..Recorder::default()
+        }
+    }
+
+    /// The number of host calls so far.
+    pub(super) fn calls(&self) -> u64 {
+        self.calls
+    }
+
     pub(super) fn is_playback(&self) -> bool {
         self.playback.is_some()
     }
@@ -88,6 +108,10 @@ impl Recorder {
         size: usize,
         call: impl FnOnce() -> HostCall,
     ) -> wasmtime::Result<Option<HostResult>> {
+        self.calls += 1;
+        if self.crash_at == Some(self.calls) {
+            return Err(wasmtime::Error::msg(CRASH));
+        }
         match self.playback.as_mut() {
             None => {
                 if self.reserve(STEP_SIZE + size) {

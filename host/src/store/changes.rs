@@ -1,8 +1,10 @@
 //! The changes of a transaction in workers' tables, for a dry run that is never committed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
+
+use super::{Result, StoreError};
 
 /// A row before and after the transaction, as an object with one value per column.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +26,50 @@ pub struct Changes {
     pub omitted: Vec<String>,
     /// The reason why the database would refuse the commit.
     pub refused: Option<String>,
+}
+
+/// All rows of a worker's table.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TableRows {
+    /// The name of the table.
+    pub table: String,
+    /// The columns of its primary key; empty if it has none.
+    pub key: BTreeSet<String>,
+    /// The rows, each as an object with one value per column.
+    pub rows: Vec<serde_json::Value>,
+}
+
+/// The changed rows between two readings of the tables.
+pub fn changed_rows(before: Vec<TableRows>, after: Vec<TableRows>) -> Vec<RowChange> {
+    let mut before: BTreeMap<String, Vec<serde_json::Value>> = before
+        .into_iter()
+        .map(|table| (table.table, table.rows))
+        .collect();
+    let tables = after.into_iter().flat_map(|table| {
+        let old = before.remove(&table.table).unwrap_or_default();
+        let (mut old, mut new) = (old, table.rows);
+        remove_common(&mut old, &mut new);
+        pair(&table.table, &table.key, old, new)
+    });
+    tables.collect()
+}
+
+/// Refuses to read a table with more than `limit` rows.
+pub(super) fn check_row_count(table: &str, count: usize, limit: usize) -> Result<()> {
+    if count <= limit {
+        return Ok(());
+    }
+    Err(StoreError::Refused(anyhow::anyhow!(
+        "the table {table} has more than {limit} rows"
+    )))
+}
+
+/// Removes the rows that both lists have, as often as both have them.
+fn remove_common(before: &mut Vec<serde_json::Value>, after: &mut Vec<serde_json::Value>) {
+    after.retain(|row| {
+        let same = before.iter().position(|old| old == row);
+        same.map(|at| before.swap_remove(at)).is_none()
+    });
 }
 
 /// Pairs rows before and after by their primary key. Rows without a partner are inserted or

@@ -53,7 +53,7 @@ mod values;
 mod wal;
 mod watermarks;
 
-pub use changes::{Changes, RowChange};
+pub use changes::{Changes, RowChange, TableRows, changed_rows};
 pub use dead_letters::{
     AttemptRecord, Attribution, AuditRecord, DeadLetterAction, DeadLetterActionResult,
     DeadLetterDepth, DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
@@ -63,7 +63,7 @@ pub use dead_letters::{
 pub(crate) use error::{BrokenStatement, is_busy};
 pub use error::{Result, StoreError};
 pub use instance::{HOST_LEASE, LEASE_SAFE_FOR, RENEW_INTERVAL, RENEW_TIMEOUT, TakenOver};
-pub use postgres::PostgresStore;
+pub use postgres::{PostgresStore, ScratchDatabase};
 pub use records::{
     AlarmNotices, Claim, Claimed, CountedAttempt, DeadLettered, DeploymentRecord, FailedAttempt,
     OutboxLag, OutboxRow, OutputFilter, OutputRecord, OutputSummary, Published, PublishedOutput,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::anyhow;
 use sqlx::sqlite::SqlitePool;
 
+use super::changes::TableRows;
 use super::db::Session;
 use super::guest_statement::StatementOutcome;
 use super::postgres::changes::CountsByTable;
@@ -388,6 +389,31 @@ impl Tx {
             Database::Sqlite(tx) => tx.changes(limit).await,
         };
         self.record_failure(changes)
+    }
+
+    /// All rows of workers' tables, at most `limit` of each.
+    ///
+    /// # Errors
+    /// `Refused` if a table has more.
+    pub async fn table_rows(&mut self, limit: usize) -> Result<Vec<TableRows>> {
+        self.check()?;
+        let rows = match &mut self.database {
+            Database::Postgres(tx) => postgres::changes::table_rows(&mut tx.session, limit).await,
+            Database::Sqlite(tx) => sqlite::changes::table_rows(&mut tx.session, limit).await,
+        };
+        self.record_failure(rows)
+    }
+
+    /// The reason why a commit would be refused, such as a violated deferred constraint. Afterwards
+    /// the transaction can only be rolled back.
+    pub async fn commit_refusal(&mut self) -> Option<String> {
+        let refusal = match &mut self.database {
+            Database::Postgres(tx) => postgres::changes::refused(&mut tx.session).await,
+            Database::Sqlite(_) => None,
+        };
+        self.failure = Some("it was a dry run".to_owned());
+        self.is_recoverable = false;
+        refusal
     }
 
     /// Commits. Returns `Ok` only if the database confirmed the commit of this very transaction.

@@ -10,9 +10,9 @@ use sqlx::{Arguments, Row};
 
 use super::errors;
 use super::session::{Purpose, Session, Sessions};
-use crate::store::changes::pair;
+use crate::store::changes::{check_row_count, pair};
 use crate::store::error::Doing as _;
-use crate::store::{Changes, Result, StoreError};
+use crate::store::{Changes, Result, StoreError, TableRows};
 
 /// Counts of inserted, updated and deleted rows, by table.
 pub(in crate::store) type CountsByTable = HashMap<String, TableCounts>;
@@ -101,6 +101,53 @@ pub(in crate::store) async fn changes(
     Ok(changes)
 }
 
+/// A row as a JSON object. Numbers that are no integers are text, which keeps every digit.
+const TYPED_ROW: &str = "(select pg_catalog.jsonb_object_agg(key, case
+        when pg_catalog.jsonb_typeof(value) = 'number' and value::text !~ '^-?[0-9]{1,18}$'
+        then pg_catalog.to_jsonb(value::text) else value end)
+    from pg_catalog.jsonb_each(pg_catalog.to_jsonb(t)))::text";
+
+/// All rows of the worker's tables, at most `limit` of each.
+///
+/// # Errors
+/// `Refused` if a table has more.
+pub(in crate::store) async fn table_rows(
+    session: &mut Session,
+    limit: usize,
+) -> Result<Vec<TableRows>> {
+    let context = "read the tables";
+    let query = session.query(
+        "select c.oid::bigint, c.relname::text from pg_catalog.pg_class as c
+             join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
+         where n.nspname = 'app_default' and c.relkind in ('r', 'p') and not c.relispartition
+         order by c.relname",
+    );
+    let tables = query.fetch_all(session.connection()).await.doing(context)?;
+    let mut found = Vec::new();
+    for row in &tables {
+        let number: i64 = row.try_get(0).doing(context)?;
+        let table: String = row.try_get(1).doing(context)?;
+        let key = key(session, number).await?;
+        let name = table.replace('"', "\"\"");
+        let select = format!(
+            "select {TYPED_ROW} from app_default.\"{name}\" as t limit {}",
+            limit + 1
+        );
+        let rows = session
+            .guest_query(select, PgArguments::default())
+            .fetch_all(session.connection())
+            .await
+            .doing(context)?;
+        check_row_count(&table, rows.len(), limit)?;
+        let parse =
+            |row: &PgRow| -> anyhow::Result<Json> { Ok(serde_json::from_str(row.try_get(0)?)?) };
+        let rows: anyhow::Result<Vec<Json>> = rows.iter().map(parse).collect();
+        let rows = rows.context(context).map_err(StoreError::Unavailable)?;
+        found.push(TableRows { table, key, rows });
+    }
+    Ok(found)
+}
+
 /// The rows of one table before and after, and whether these are all.
 async fn compare(
     session: &mut Session,
@@ -185,7 +232,7 @@ async fn key(session: &mut Session, table: i64) -> Result<BTreeSet<String>> {
 }
 
 /// The reason why a commit would be refused: a violated deferred constraint.
-async fn refused(session: &mut Session) -> Option<String> {
+pub(in crate::store) async fn refused(session: &mut Session) -> Option<String> {
     session
         .check_constraints()
         .await

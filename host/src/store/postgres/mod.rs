@@ -18,6 +18,8 @@ pub(super) mod outbox;
 mod partitions;
 mod privileges;
 pub(super) mod requests;
+mod scratch;
+pub use scratch::ScratchDatabase;
 pub(super) mod session;
 pub(super) mod state;
 mod wal;

@@ -36,10 +36,7 @@ pub(super) async fn set_up(sessions: &Sessions, reset_password: bool) -> anyhow:
     let mut session = sessions.begin(Purpose::Platform).await?;
     // The names of the roles, under the lock of all hosts.
     let database = lock(&mut session).await.context("wait for other hosts")?;
-    let (role, owner) = (
-        role_name("oncely_app_default_", &database),
-        role_name("oncely_owner_default_", &database),
-    );
+    let [role, owner] = roles_of(&database);
 
     // The roles.
     let reset_password = reset_password
@@ -95,6 +92,11 @@ async fn lock(session: &mut Session) -> sqlx::Result<String> {
     let query = session
         .query("select current_database()::text from pg_advisory_xact_lock(hashtextextended('oncely migrates', 0))");
     query.fetch_one(session.connection()).await?.try_get(0)
+}
+
+/// The names of the roles that belong to a database.
+pub(super) fn roles_of(database: &str) -> [String; 2] {
+    ["oncely_app_default_", "oncely_owner_default_"].map(|prefix| role_name(prefix, database))
 }
 
 /// Roles are global to the cluster, so their names contain the database.

@@ -12,7 +12,8 @@ use sqlx::{AssertSqlSafe, Column, Row};
 use super::guest_values;
 use super::session::Session;
 use crate::model::sql::Value;
-use crate::store::{Changes, Result, RowChange};
+use crate::store::changes::check_row_count;
+use crate::store::{Changes, Result, RowChange, TableRows};
 
 /// The most rows that are tracked.
 const TOUCHED_MAX: usize = 10_000;
@@ -131,6 +132,47 @@ pub(in crate::store) async fn changes(
         ));
     }
     Ok(changes)
+}
+
+/// All rows of the worker's tables, at most `limit` of each.
+///
+/// # Errors
+/// `Refused` if a table has more.
+pub(in crate::store) async fn table_rows(
+    session: &mut Session,
+    limit: usize,
+) -> Result<Vec<TableRows>> {
+    let context = "read the tables";
+    let tables: Vec<String> = sqlx::query_scalar(
+        "select name from sqlite_schema where type = 'table'
+             and name not like 'oncely\\_%' escape '\\' and name not like 'sqlite\\_%' escape '\\'
+         order by name",
+    )
+    .fetch_all(session.connection().doing(context)?)
+    .await
+    .doing(context)?;
+    let mut found = Vec::new();
+    for table in tables {
+        let key: Vec<String> =
+            sqlx::query_scalar("select name from pragma_table_info($1) where pk > 0")
+                .bind(&table)
+                .fetch_all(session.connection().doing(context)?)
+                .await
+                .doing(context)?;
+        let name = table.replace('"', "\"\"");
+        let select = format!("select * from \"{name}\" limit {}", limit + 1);
+        let rows = sqlx::query(AssertSqlSafe(select))
+            .fetch_all(session.connection().doing(context)?)
+            .await
+            .doing(context)?;
+        check_row_count(&table, rows.len(), limit)?;
+        found.push(TableRows {
+            table,
+            key: key.into_iter().collect(),
+            rows: rows.iter().map(row_as_json).collect(),
+        });
+    }
+    Ok(found)
 }
 
 async fn total_changes(session: &mut Session) -> Result<i64> {
