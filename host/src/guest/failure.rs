@@ -224,6 +224,48 @@ const PANIC_MESSAGE_MAX: usize = 500;
 /// The panic of componentize-py's runtime after an exception, whose traceback it prints before.
 const PYTHON_PANIC: &str = "Python function threw an unexpected exception";
 
+/// The last output of an instance in JavaScript after an exception, which the SDK prints before.
+const JAVASCRIPT_TRAP: &str = "the exception above ended the instance";
+
+/// The last output of StarlingMonkey, the engine of componentize-js, after an exception.
+const JAVASCRIPT_ABORT: &str = "Redirecting call to abort() to mozalloc_abort";
+
+/// The output of StarlingMonkey when the handler waits and nothing can happen any more.
+const JAVASCRIPT_STUCK: &str = "event loop error, but no exception is pending";
+
+/// Finds the exception in the output of an instance in JavaScript. Its message may have several
+/// lines.
+fn javascript_exception(lines: &[&str]) -> Option<String> {
+    if let Some(end) = lines
+        .iter()
+        .rposition(|line| line.contains(JAVASCRIPT_TRAP))
+    {
+        let begin = lines
+            .get(..end)?
+            .iter()
+            .rposition(|line| line.starts_with("Uncaught "))?;
+        let is_message =
+            |line: &&&str| !line.starts_with("    at ") && !line.starts_with("Caused by: ");
+        let message: Vec<&str> = lines
+            .get(begin..end)?
+            .iter()
+            .take_while(is_message)
+            .map(|line| line.trim())
+            .collect();
+        return Some(message.join(" "));
+    }
+
+    if lines.iter().any(|line| line.contains(JAVASCRIPT_STUCK)) {
+        return Some("the handler awaits a promise that nothing settles".to_owned());
+    }
+
+    // A handler without the SDK
+    lines.iter().rfind(|line| line.contains(JAVASCRIPT_ABORT))?;
+    let stack = lines.iter().rposition(|line| line.trim() == "Stack:")?;
+    let message = lines.get(stack.checked_sub(1)?)?.trim();
+    (!message.is_empty()).then(|| message.to_owned())
+}
+
 /// Finds the panic message in the log output: of a Rust or Go panic, or the exception of another
 /// language.
 fn panic_message(logs: &str) -> Option<String> {
@@ -272,7 +314,12 @@ fn panic_message(logs: &str) -> Option<String> {
         };
         lines.iter().rev().find(is_error).copied()
     };
-    let message = rust.or_else(go).or_else(python).or_else(other)?;
+    let message = javascript_exception(&lines)
+        .or_else(|| {
+            let found = rust.or_else(go).or_else(python).or_else(other);
+            found.map(str::to_owned)
+        })
+        .filter(|message| !message.trim().is_empty())?;
     Some(message.trim().chars().take(PANIC_MESSAGE_MAX).collect())
 }
 
@@ -316,6 +363,18 @@ mod tests {
         assert_eq!(
             words("Uncaught TypeError: x is undefined\n    at handle (app.js:3)\n"),
             "Uncaught TypeError: x is undefined"
+        );
+        let sdk = "Traceback (most recent call last):\nUncaught ZodError: two issues:\n  the id\n    at parse (app.ts:3)\n\
+            Caused by: Error: no\n\"the exception above ended the instance\"\n\
+            Redirecting call to abort() to mozalloc_abort\n";
+        assert_eq!(words(sdk), "Uncaught ZodError: two issues: the id");
+        let engine = "x\ncan't access property \"a\" of null\nStack:\n  handle@app.js:3:1\n\n\
+            Redirecting call to abort() to mozalloc_abort\n";
+        assert_eq!(words(engine), "can't access property \"a\" of null");
+        let stuck = "Error while (call) event loop error, but no exception is pending. Aborting\n";
+        assert_eq!(
+            words(stuck),
+            "the handler awaits a promise that nothing settles"
         );
         assert_eq!(
             words("panic: runtime error: index out of range [3]\n\ngoroutine 1 [running]:\n"),
