@@ -31,6 +31,10 @@ pub struct New {
 enum Language {
     Rust,
     Python,
+    #[value(name = "javascript")]
+    JavaScript,
+    #[value(name = "typescript")]
+    TypeScript,
 }
 
 /// A program that builds or tests a project.
@@ -75,6 +79,29 @@ const PYTHON_SDK: &[File] = files! {
     "oncely/sql.py", "oncely/state.py", "oncely/testing.py",
 };
 
+const JAVASCRIPT: &[File] = files! {
+    "host/templates/javascript/" => "":
+    ".gitignore", "README.md", "app.js", "app.test.js", "oncely.toml", "package.json",
+};
+
+const TYPESCRIPT: &[File] = files! {
+    "host/templates/typescript/" => "":
+    ".gitignore", "README.md", "app.test.ts", "app.ts", "oncely.toml", "package.json",
+    "tsconfig.json",
+};
+
+const JAVASCRIPT_SDK: &[File] = files! {
+    "guest-sdk/js/" => "":
+    "oncely/backend.js", "oncely/build.js", "oncely/cache.d.ts", "oncely/cache.js",
+    "oncely/component.js", "oncely/config.d.ts", "oncely/config.js", "oncely/describe.js",
+    "oncely/errors.js", "oncely/guard.js", "oncely/handler.js", "oncely/index.d.ts",
+    "oncely/index.js", "oncely/invocation.d.ts", "oncely/invocation.js", "oncely/log.d.ts",
+    "oncely/log.js", "oncely/message.js", "oncely/outbox.d.ts", "oncely/outbox.js",
+    "oncely/package.json", "oncely/packages.js", "oncely/sql.d.ts", "oncely/sql.js",
+    "oncely/state.d.ts", "oncely/state.js", "oncely/testing.d.ts", "oncely/testing.js",
+    "oncely/typescript.js", "oncely/values.d.ts", "oncely/values.js",
+};
+
 const WIT: &[File] = files! {
     "wit/" => "wit/":
     "worker.wit", "deps/config/config.wit", "deps/logging/logging.wit",
@@ -91,6 +118,8 @@ impl Language {
         match self {
             Language::Rust => RUST,
             Language::Python => PYTHON,
+            Language::JavaScript => JAVASCRIPT,
+            Language::TypeScript => TYPESCRIPT,
         }
     }
 
@@ -99,6 +128,7 @@ impl Language {
         match self {
             Language::Rust => &[RUST_SDK],
             Language::Python => &[PYTHON_SDK, WIT],
+            Language::JavaScript | Language::TypeScript => &[JAVASCRIPT_SDK, WIT],
         }
     }
 
@@ -118,6 +148,16 @@ impl Language {
                     install: "pip install componentize-py",
                 },
             ],
+            Language::JavaScript | Language::TypeScript => &[
+                Tool {
+                    program: "node",
+                    install: "install Node.js 20.6 or newer, for tests with SQL 22.13 or newer",
+                },
+                Tool {
+                    program: "npm",
+                    install: "install npm, which Node.js includes",
+                },
+            ],
         }
     }
 
@@ -126,11 +166,12 @@ impl Language {
             .map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    /// The command that runs the tests of a project.
-    fn test_command(self) -> &'static str {
+    /// The commands that prepare a project and run its tests.
+    fn first_commands(self) -> &'static str {
         match self {
             Language::Rust => "cargo test",
             Language::Python => "python3 -m unittest",
+            Language::JavaScript | Language::TypeScript => "npm install\n  npm test",
         }
     }
 
@@ -177,7 +218,7 @@ impl New {
         term::data(format!(
             "made the folder {name}. Next:\n  cd {name}\n  {}\n  oncely dev\n  \
              oncely publish {name}.new '{{\"id\": \"o1\", \"cents\": 500}}'",
-            self.lang.test_command()
+            self.lang.first_commands()
         ))?;
         self.lang.missing_tools().iter().for_each(term::warning);
         Ok(())
@@ -192,7 +233,7 @@ fn list() -> Result<()> {
         } else {
             missing.join("; ")
         };
-        term::data(format!("{:<8} {state}", language.name()))?;
+        term::data(format!("{:<10} {state}", language.name()))?;
     }
     Ok(())
 }
@@ -272,9 +313,12 @@ mod tests {
         for (folder, prefix, listed) in [
             ("guest-sdk/src", "sdk/src/", RUST_SDK),
             ("guest-sdk/python", "", PYTHON_SDK),
+            ("guest-sdk/js", "", JAVASCRIPT_SDK),
             ("wit", "wit/", WIT),
             ("host/templates/rust", "", RUST),
             ("host/templates/python", "", PYTHON),
+            ("host/templates/javascript", "", JAVASCRIPT),
+            ("host/templates/typescript", "", TYPESCRIPT),
         ] {
             let path = format!("{}/../{folder}", env!("CARGO_MANIFEST_DIR"));
             let mut listed: Vec<&str> = listed

@@ -1,0 +1,22 @@
+/** Accepts orders: stores each one, and sends a message about it. */
+
+import { Reject, handler, log, outbox, sql } from "oncely";
+
+/** The effects of this function are committed together, once, when it returns. */
+export default handler((message) => {
+  const order = message.json(parseOrder);
+  if (order.cents <= 0) {
+    throw new Reject("an order needs a positive amount", { code: "malformed" });
+  }
+  sql.execute("insert into orders (id, cents) values ($1, $2)", order.id, order.cents);
+  outbox.send("{{name}}.accepted", { id: order.id });
+  log.info(`accepted order ${order.id}`);
+});
+
+/** Checks the body of a message on `{{name}}.new`. An error rejects the message. */
+function parseOrder({ id, cents }) {
+  if (typeof id !== "string" || typeof cents !== "number") {
+    throw new TypeError("an order has an id and an amount in cents");
+  }
+  return { id, cents };
+}
