@@ -1,11 +1,12 @@
 #!/usr/bin/env node
 /** Builds the component of a handler: `oncely-build app.ts -o orders.wasm`. */
 
+import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import { mkdir, mkdtemp, readFile, rename, rm, writeFile } from "node:fs/promises";
+import { mkdir, mkdtemp, readFile, readdir, rename, rm, writeFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
-import { dirname, join, relative, resolve } from "node:path";
+import { basename, dirname, join, relative, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 
@@ -25,6 +26,8 @@ const EXPORTS = {
   "batch-worker": ["batchHandler", "exportBatchHandler"],
 };
 
+const COMPILER = "@bytecodealliance/componentize-js";
+
 /** The features of the runtime for which the host has no interfaces. */
 const DISABLED = ["http", "fetch-event"];
 
@@ -36,18 +39,46 @@ async function main() {
   const folder = await mkdtemp(join(tmpdir(), "oncely-build-"));
   try {
     const { code, lines } = await bundle(entry, world);
+    const mark = await markOf(code, world, wit);
+    if (await endsWith(out, mark)) return;
+
     const sourcePath = join(folder, BUNDLE);
     await writeFile(sourcePath, code);
     const component = await componentize({ entry, sourcePath, world, wit, lines });
 
-    // A host or a watcher never reads half a component.
+    // A host never reads half a component, and `oncely dev` does not watch hidden files.
     await mkdir(dirname(out), { recursive: true });
-    const partial = `${out}.partial`;
-    await writeFile(partial, component);
+    const partial = join(dirname(out), `.${basename(out)}.partial`);
+    await writeFile(partial, Buffer.concat([component, mark]));
     await rename(partial, out);
   } finally {
     await rm(folder, { recursive: true, force: true });
   }
+}
+
+/**
+ * A custom section with a hash of all inputs. No two builds give the same component, because the
+ * engine has a random seed. An unchanged component must stay as it is, or the host compiles it again.
+ */
+async function markOf(code, world, wit) {
+  const hash = createHash("sha256").update(JSON.stringify([code, world, await compilerVersion()]));
+  const files = await readdir(wit, { recursive: true });
+  for (const file of files.filter((name) => name.endsWith(".wit")).sort()) {
+    hash.update(JSON.stringify([file, await readFile(join(wit, file), "utf8")]));
+  }
+  const name = Buffer.from("oncely:inputs");
+  const contents = Buffer.concat([Buffer.from([name.length]), name, hash.digest()]);
+  return Buffer.concat([Buffer.from([0, contents.length]), contents]);
+}
+
+async function compilerVersion() {
+  const { version } = await importPackage(COMPILER);
+  return version;
+}
+
+async function endsWith(file, mark) {
+  const found = await readFile(file).catch(() => Buffer.alloc(0));
+  return found.subarray(-mark.length).equals(mark);
 }
 
 function options() {
@@ -196,7 +227,7 @@ function numbersOf(segment) {
 
 /** Runs the module once and makes a component of the result. */
 async function componentize({ entry, sourcePath, world, wit, lines }) {
-  const { componentize: make } = await importPackage("@bytecodealliance/componentize-js");
+  const { componentize: make } = await importPackage(COMPILER);
   try {
     const { component } = await make({
       sourcePath,
