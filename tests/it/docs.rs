@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use support::guests::{oncely, repository, target_dir};
+use support::guests::{link_npm_packages, oncely, repository, target_dir, tools_path};
 use support::server::free_port;
 use support::world::{PATIENCE, signal};
 
@@ -398,6 +398,72 @@ fn the_python_guide_runs_as_shown() -> Result<()> {
     Ok(())
 }
 
+/// The handler and the tests of the guide to JavaScript fit their types, run together, and build.
+#[test]
+fn the_javascript_guide_runs_as_shown() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut files = 0;
+    let guide = read("docs/javascript.md")?;
+    for (name, block) in annotated(&blocks(&guide), "file", |_| true) {
+        std::fs::write(folder.path().join(name), &block.text)?;
+        files += 1;
+    }
+    ensure!(files == 2, "found {files} files");
+    let migrations = folder.path().join("migrations");
+    std::fs::create_dir(&migrations)?;
+    std::fs::write(
+        migrations.join("1.sql"),
+        "create table orders (id text primary key, total text not null)",
+    )?;
+    let example = repository().join("examples/typescript");
+    for name in ["package.json", "tsconfig.json"] {
+        std::fs::copy(example.join(name), folder.path().join(name))?;
+    }
+    npm_test(folder.path())?;
+
+    let built = Command::new("node")
+        .arg(repository().join("guest-sdk/js/oncely/build.js"))
+        .args(["app.ts", "-o", "orders.wasm"])
+        .env("PATH", tools_path())
+        .current_dir(folder.path())
+        .output()
+        .context("run node")?;
+    ensure!(
+        built.status.success(),
+        "{}",
+        String::from_utf8_lossy(&built.stderr)
+    );
+    Ok(())
+}
+
+#[test]
+fn the_typescript_example_passes_its_tests() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for name in ["app.ts", "app.test.ts", "package.json", "tsconfig.json"] {
+        let file = repository().join("examples/typescript").join(name);
+        std::fs::copy(file, folder.path().join(name))?;
+    }
+    npm_test(folder.path())
+}
+
+/// Checks the types of a project in TypeScript, and runs its two tests.
+fn npm_test(folder: &Path) -> Result<()> {
+    link_npm_packages(folder, &repository().join("guest-sdk/js/oncely"))?;
+    let tested = Command::new("npm")
+        .arg("test")
+        .env("PATH", tools_path())
+        .current_dir(folder)
+        .output()
+        .context("run npm")?;
+    let said = String::from_utf8_lossy(&tested.stdout);
+    ensure!(
+        tested.status.success() && said.contains("pass 2"),
+        "{said}{}",
+        String::from_utf8_lossy(&tested.stderr)
+    );
+    Ok(())
+}
+
 #[test]
 fn the_on_call_session_runs_as_shown() -> Result<()> {
     let beside = tempfile::tempdir()?;
@@ -466,7 +532,14 @@ fn the_on_call_session_runs_as_shown() -> Result<()> {
 /// All documents for users.
 fn documents() -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
-    for folder in ["", "docs", "examples/payments", "examples/python"] {
+    let folders = [
+        "",
+        "docs",
+        "examples/payments",
+        "examples/python",
+        "examples/typescript",
+    ];
+    for folder in folders {
         for entry in std::fs::read_dir(repository().join(folder))? {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "md") {

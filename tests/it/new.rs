@@ -19,17 +19,32 @@ async fn a_new_python_project_handles_its_first_message() -> Result<()> {
     handles_its_first_message("python", &["python3", "-m", "unittest"]).await
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_javascript_project_handles_its_first_message() -> Result<()> {
+    handles_its_first_message("javascript", &["npm", "test"]).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_typescript_project_handles_its_first_message() -> Result<()> {
+    handles_its_first_message("typescript", &["npm", "test"]).await
+}
+
 async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let made = world.oncely(&["new", "orders", "--lang", language]).await?;
     ensure!(made.contains("cd orders"), "{made}");
     let folder = world.folder.path().join("orders");
+    if folder.join("package.json").exists() {
+        // `npm install` without a network
+        guests::link_npm_packages(&folder, &folder.join("oncely"))?;
+    }
 
     // Its tests pass.
     let (program, arguments) = test.split_first().context("no command")?;
     let tested = Command::new(program)
         .args(arguments)
         .current_dir(&folder)
+        .env("PATH", guests::tools_path())
         .env("CARGO_TARGET_DIR", guests::target_dir()?.join("new"))
         .output()?;
     ensure!(
@@ -40,18 +55,10 @@ async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> 
     );
 
     // It is built and deployed, and a message has its effect and its output.
-    let tools = guests::componentize_py();
-    let path = std::env::var("PATH").unwrap_or_default();
     let deployed = tokio::process::Command::new(guests::oncely()?)
         .args(["deploy", "orders"])
         .current_dir(world.folder.path())
-        .env(
-            "PATH",
-            match tools.parent() {
-                Some(tools) if tools.is_absolute() => format!("{}:{path}", tools.display()),
-                _ => path,
-            },
-        )
+        .env("PATH", guests::tools_path())
         .env("CARGO_TARGET_DIR", guests::target_dir()?.join("new"))
         .output()
         .await?;

@@ -29,6 +29,67 @@ async fn workers_built_with_a_standard_library_from_source_run() -> Result<()> {
     workers_run(Target::StdFromSource, "apt-get").await
 }
 
+#[test]
+fn the_javascript_package_passes_its_tests() -> Result<()> {
+    let output = Command::new("node")
+        .args(["--test", "sdk.test.js"])
+        .env("PATH", guests::tools_path())
+        .current_dir(repository().join("tests/js-guest"))
+        .output()?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
+    Ok(())
+}
+
+/// The error of the build has the file and the line of the source.
+#[test]
+fn the_javascript_build_explains_mistakes() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let sdk = repository().join("guest-sdk/js/oncely");
+    guests::link_npm_packages(folder.path(), &sdk)?;
+    let imported = "import { handler } from \"oncely\";\ntype Id = string;\n";
+    for (source, words) in [
+        (
+            "export default handler((id: Id => {});",
+            ["Expected", "app.ts:3"],
+        ),
+        ("import \"node:fs\";", ["no modules of Node.js", "app.ts:3"]),
+        (
+            "export const handle = 1;",
+            ["default export", "handler(...)"],
+        ),
+        (
+            "const id: Id = `${Math.random()}`;\nexport default handler(() => {});",
+            ["Math.random()", "app.ts:3"],
+        ),
+        (
+            "\nconst at = new Date();\nexport default handler(() => {});",
+            ["new Date()", "app.ts:4"],
+        ),
+        (
+            "function fail(): Id {\n  throw new TypeError(\"no table\");\n}\nexport default fail();",
+            ["TypeError: no table", "fail (app.ts:4)"],
+        ),
+    ] {
+        std::fs::write(folder.path().join("app.ts"), format!("{imported}{source}"))?;
+        let output = Command::new("node")
+            .arg(sdk.join("build.js"))
+            .args(["app.ts", "-o", "app.wasm"])
+            .env("PATH", guests::tools_path())
+            .current_dir(folder.path())
+            .output()?;
+        let complaint = String::from_utf8(output.stderr)?;
+        ensure!(
+            !output.status.success() && words.iter().all(|word| complaint.contains(word)),
+            "{source}: {complaint}"
+        );
+    }
+    Ok(())
+}
+
 /// The error of a failed build names the other toolchains, with a command for each.
 #[tokio::test]
 async fn a_failed_build_names_the_other_toolchains() -> Result<()> {

@@ -77,6 +77,82 @@ pub fn python_component() -> Result<PathBuf> {
     built.clone().map_err(anyhow::Error::msg)
 }
 
+/// The component of `tests/js-guest`: the behaviours of the conformance suite in JavaScript.
+pub fn js_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    let built = BUILT.get_or_init(|| build_js("js-guest").map_err(|error| format!("{error:#}")));
+    built.clone().map_err(anyhow::Error::msg)
+}
+
+/// The folder with the npm packages that build components of JavaScript.
+pub fn npm_packages() -> PathBuf {
+    repository().join("target/tools/npm")
+}
+
+/// The `PATH` of a shell in which the tools of this repository come first.
+pub fn tools_path() -> String {
+    let tools = repository().join("target/tools/bin");
+    let path = std::env::var("PATH").unwrap_or_default();
+    format!("{}:{path}", tools.display())
+}
+
+/// Makes the npm packages and the package `oncely` available to the modules of a folder.
+pub fn link_npm_packages(folder: &Path, sdk: &Path) -> Result<()> {
+    use std::os::unix::fs::symlink;
+
+    let modules = folder.join("node_modules");
+    std::fs::create_dir(&modules).context("create node_modules")?;
+    let installed = npm_packages().join("node_modules");
+    let packages = std::fs::read_dir(installed)
+        .context("list the npm packages; `make install-tools` installs them")?;
+    for package in packages {
+        let package = package.context("list the npm packages")?;
+        symlink(package.path(), modules.join(package.file_name())).context("link a package")?;
+    }
+    symlink(sdk, modules.join("oncely")).context("link the SDK")
+}
+
+/// Builds the component of a folder in `tests` with the build script of the SDK.
+fn build_js(folder: &str) -> Result<PathBuf> {
+    let source = repository().join("tests").join(folder).join("app.js");
+    let sdk = repository().join("guest-sdk/js/oncely");
+    let out = target_dir()?.join(format!("{folder}.wasm"));
+    if is_fresh(&out, &source, &sdk)? {
+        return Ok(out);
+    }
+    let output = Command::new("node")
+        .arg(sdk.join("build.js"))
+        .arg(&source)
+        .arg("-o")
+        .arg(&out)
+        .env("PATH", tools_path())
+        // The script finds the packages from here.
+        .current_dir(npm_packages())
+        .output()
+        .context("run node; `make install-tools` installs it")?;
+    anyhow::ensure!(
+        output.status.success(),
+        "build a component of JavaScript: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(out)
+}
+
+/// Whether a component is newer than its source and the files of its SDK.
+fn is_fresh(out: &Path, source: &Path, sdk: &Path) -> Result<bool> {
+    let made = |path: &Path| {
+        std::fs::metadata(path)
+            .and_then(|file| file.modified())
+            .ok()
+    };
+    let mut sources = vec![source.to_owned()];
+    for file in std::fs::read_dir(sdk).context("list the SDK")? {
+        sources.push(file.context("list the SDK")?.path());
+    }
+    let newest = sources.iter().filter_map(|path| made(path)).max();
+    Ok(made(out).is_some_and(|built| newest.is_some_and(|written| written < built)))
+}
+
 /// The program that makes components of Python.
 pub fn componentize_py() -> PathBuf {
     let tools = repository().join("target/tools/bin/componentize-py");
@@ -94,17 +170,7 @@ fn build_python(folder: &str, wit: &Path, world: &str) -> Result<PathBuf> {
     let out = target_dir()?.join(format!("{folder}.wasm"));
 
     // Embedding the interpreter and compiling takes half a minute, so a fresh component is reused.
-    let made = |path: &Path| {
-        std::fs::metadata(path)
-            .and_then(|file| file.modified())
-            .ok()
-    };
-    let mut sources = vec![source.join("app.py")];
-    for file in std::fs::read_dir(sdk.join("oncely")).context("list the SDK")? {
-        sources.push(file.context("list the SDK")?.path());
-    }
-    let newest = sources.iter().filter_map(|path| made(path)).max();
-    if made(&out).is_some_and(|built| newest.is_some_and(|written| written < built)) {
+    if is_fresh(&out, &source.join("app.py"), &sdk.join("oncely"))? {
         return Ok(out);
     }
     let partial = out.with_extension("partial");
