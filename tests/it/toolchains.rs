@@ -32,7 +32,7 @@ async fn workers_built_with_a_standard_library_from_source_run() -> Result<()> {
 #[test]
 fn the_javascript_package_passes_its_tests() -> Result<()> {
     let output = Command::new("node")
-        .args(["--test", "sdk.test.js"])
+        .args(["--test", "sdk.test.js", "component.test.js"])
         .env("PATH", guests::tools_path())
         .current_dir(repository().join("tests/js-guest"))
         .output()?;
@@ -66,7 +66,7 @@ fn the_javascript_build_explains_mistakes() -> Result<()> {
             ["Math.random()", "app.ts:3"],
         ),
         (
-            "\nconst at = new Date();\nexport default handler(() => {});",
+            "\nconst at = new Date();\nexport default handler(() => console.log(at));",
             ["new Date()", "app.ts:4"],
         ),
         (
