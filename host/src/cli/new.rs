@@ -331,6 +331,26 @@ mod tests {
     }
 
     #[test]
+    fn projects_in_javascript_pin_the_same_packages() {
+        let parse = |path: &str| -> serde_json::Value {
+            let path = format!("{}/../{path}", env!("CARGO_MANIFEST_DIR"));
+            serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+        };
+        let javascript = parse("host/templates/javascript/package.json");
+        let typescript = parse("host/templates/typescript/package.json");
+        let example = parse("examples/typescript/package.json");
+        assert_eq!(example["devDependencies"], typescript["devDependencies"]);
+        for other in [&example, &javascript] {
+            assert_eq!(other["overrides"], typescript["overrides"]);
+        }
+        for (name, version) in javascript["devDependencies"].as_object().unwrap() {
+            assert_eq!(&typescript["devDependencies"][name], version, "{name}");
+        }
+        let sdk = parse("guest-sdk/js/oncely/package.json");
+        assert_eq!(sdk["version"], env!("CARGO_PKG_VERSION"));
+    }
+
+    #[test]
     fn a_used_folder_and_a_bad_name_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("file"), "").unwrap();
