@@ -136,6 +136,8 @@ async fn dev_deploys_each_change_and_survives_a_broken_one() -> Result<()> {
     // A change is deployed, a broken one is not.
     write(&labelled("two")?)?;
     said("deployed in").await?;
+    // The version before takes messages until the new one runs.
+    said("version=2").await?;
     handled_by(&world, "event-b", 2).await?;
     write("[[worker]")?;
     said("the previous version keeps running").await?;
