@@ -36,12 +36,12 @@ class Mistake extends Error {}
 
 async function main() {
   const { entry, out, world, wit } = options();
+  const { code, lines } = await bundle(entry, world);
+  const mark = await markOf(code, world, wit);
+  if (await endsWith(out, mark)) return;
+
   const folder = await mkdtemp(join(tmpdir(), "oncely-build-"));
   try {
-    const { code, lines } = await bundle(entry, world);
-    const mark = await markOf(code, world, wit);
-    if (await endsWith(out, mark)) return;
-
     const sourcePath = join(folder, BUNDLE);
     await writeFile(sourcePath, code);
     const component = await componentize({ entry, sourcePath, world, wit, lines });
