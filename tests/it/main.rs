@@ -28,6 +28,7 @@ mod bindings;
 mod build;
 mod bus;
 mod cache;
+mod cases;
 mod cli;
 mod client;
 mod compile;

@@ -1,4 +1,5 @@
-//! `oncely test`: runs messages against a component, and compares the effects with the expected ones.
+//! `oncely test`: runs messages against a component, and compares the effects with the expected
+//! ones.
 //!
 //! Each case runs in a transaction that is rolled back, behind the same statement filter and the
 //! same limits as in a host.
