@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use super::encode::encode_component;
 use super::term;
 use crate::cli::cargo::{TOOLCHAIN_VARIABLE, Target, build_component};
 use crate::component;
@@ -59,16 +60,20 @@ pub struct BuiltComponent {
 
 impl BuiltComponent {
     /// Builds the component of a worker if the manifest has a build step, reads it, and checks its
-    /// form, its handler and its imports.
+    /// form, its handler and its imports. A core module that describes a component is made one.
     ///
     /// # Errors
     /// The build failed, or the component is not a valid worker.
     pub fn build(entry: &WorkerEntry, with: ToolchainArg) -> Result<BuiltComponent> {
         let path = build_or_locate(entry, with)?;
-        let built = BuiltComponent {
+        let mut built = BuiltComponent {
             wasm: component::read(&path)?,
             path,
         };
+        if component::describes_component(&built.wasm) {
+            built.wasm =
+                encode_component(&built.wasm).with_context(|| built.error_context(entry))?;
+        }
         let surface =
             component::inspect(&built.wasm).with_context(|| built.error_context(entry))?;
         check_kind(&entry.worker, surface.handler()?)?;

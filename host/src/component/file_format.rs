@@ -268,6 +268,14 @@ fn without_comments(text: &str) -> &str {
     }
 }
 
+/// Whether the bytes are a core module in which bindings left a component description.
+pub fn describes_component(wasm: &[u8]) -> bool {
+    let is_module = wasm
+        .strip_prefix(MAGIC)
+        .is_some_and(|rest| rest.starts_with(CORE_MODULE));
+    is_module && CoreModule::read(wasm).describes_component
+}
+
 /// The error for a core module, with a hint for the tool that probably built it.
 fn core_module(wasm: &[u8]) -> Error {
     let module = CoreModule::read(wasm);

@@ -11,6 +11,7 @@ mod surface;
 
 pub use code::check_code;
 pub use file::read;
+pub use file_format::describes_component;
 pub use surface::{Handler, Surface};
 
 use anyhow::Result;

@@ -215,8 +215,8 @@ const PANIC_MESSAGE_MAX: usize = 500;
 /// The panic of componentize-py's runtime after an exception, whose traceback it prints before.
 const PYTHON_PANIC: &str = "Python function threw an unexpected exception";
 
-/// Finds the panic message in the log output: of a Rust or Go panic, or the exception of another
-/// language.
+/// Finds the panic message in the log output: of a Rust or Go panic, the exception of another
+/// language, or a failed assertion of C.
 fn panic_message(logs: &str) -> Option<String> {
     // A log entry of a handler is one line. A panic that the SDK logs has its line breaks escaped.
     let logs = logs.replace("\\n", "\n");
@@ -263,7 +263,17 @@ fn panic_message(logs: &str) -> Option<String> {
         };
         lines.iter().rev().find(is_error).copied()
     };
-    let message = rust.or_else(go).or_else(python).or_else(other)?;
+    let assertion = || {
+        let mut newest = lines.iter().rev();
+        newest
+            .find(|line| begins(line, "Assertion failed: "))
+            .copied()
+    };
+    let message = rust
+        .or_else(go)
+        .or_else(python)
+        .or_else(assertion)
+        .or_else(other)?;
     Some(message.trim().chars().take(PANIC_MESSAGE_MAX).collect())
 }
 
@@ -311,6 +321,10 @@ mod tests {
         assert_eq!(
             words("panic: runtime error: index out of range [3]\n\ngoroutine 1 [running]:\n"),
             "runtime error: index out of range [3]"
+        );
+        assert_eq!(
+            words("x\nAssertion failed: cents > 0 (app.c: charge: 7)\n"),
+            "Assertion failed: cents > 0 (app.c: charge: 7)"
         );
         for none in [
             "",
