@@ -21,6 +21,40 @@ async fn handlers_in_python_conform() -> Result<()> {
     conforms(&guests::python_component()?).await
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handlers_in_c_conform() -> Result<()> {
+    conforms(&guests::c_component()?).await
+}
+
+/// Messages that share an instance need the memory of one message.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_instance_in_c_keeps_no_memory() -> Result<()> {
+    let settings = r#"
+isolation = "batch"
+[worker.limits]
+memory = "4MiB"
+"#;
+    let manifest = manifest_of(&guests::c_component()?, settings);
+    let world = World::start(Kind::Postgres, &manifest).await?;
+    let large = |number| {
+        let event_id = format!("large-{number}");
+        let mut message = NewMessage::new("in.x", &event_id, "insert,echo", "");
+        message.body = vec![b'x'; 900_000];
+        message
+    };
+    world.nats.publish_all((0..24).map(large).collect()).await?;
+    let done = "select count(*) from oncely.inbox where state = 'done'";
+    world.until(done, 24).await?;
+    assert_eq!(
+        world
+            .database
+            .number("select count(*) from oncely.attempt")
+            .await?,
+        0
+    );
+    Ok(())
+}
+
 /// Few lanes, because an instance of an interpreter is large.
 const SETTINGS: &str = r#"
 concurrency = 2

@@ -59,6 +59,50 @@ pub fn python_component() -> Result<PathBuf> {
     built.clone().map_err(anyhow::Error::msg)
 }
 
+/// The component of `tests/c-guest`: the behaviours of the conformance suite.
+pub fn c_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    let built = BUILT.get_or_init(|| build_c("c-guest").map_err(|error| format!("{error:#}")));
+    built.clone().map_err(anyhow::Error::msg)
+}
+
+/// The folder of the compiler of Zig, if `make install-tools` has installed it.
+pub fn zig_folder() -> Option<PathBuf> {
+    let tools = repository().join("target/tools/bin");
+    tools.join("zig").exists().then_some(tools)
+}
+
+/// Builds a folder in `tests` with the SDK, by the rules of the template. The host wraps the core
+/// module.
+fn build_c(folder: &str) -> Result<PathBuf> {
+    let out = target_dir()?.join(format!("{folder}.wasm"));
+    let sdk = repository().join("guest-sdk/c");
+    let makefile =
+        std::fs::read_to_string(repository().join("examples/c/Makefile")).context("read rules")?;
+    let makefile = makefile
+        .replace("greet.wasm", &out.to_string_lossy())
+        .replace(" Makefile", "")
+        .replace("../../guest-sdk/c", &sdk.to_string_lossy());
+    let rules = out.with_extension("mk");
+    std::fs::write(&rules, makefile).context("write the rules")?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let tools = zig_folder().map_or_else(String::new, |tools| format!("{}:", tools.display()));
+    let output = Command::new("make")
+        .arg("-f")
+        .arg(&rules)
+        .arg(&out)
+        .current_dir(repository().join("tests").join(folder))
+        .env("PATH", format!("{tools}{path}"))
+        .output()
+        .context("run make")?;
+    anyhow::ensure!(
+        output.status.success(),
+        "build a component with zig; `make install-tools` installs it: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(out)
+}
+
 /// The program that makes components of Python.
 pub fn componentize_py() -> PathBuf {
     let tools = repository().join("target/tools/bin/componentize-py");
