@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use support::guests::{oncely, repository, target_dir};
+use support::guests::{oncely, repository, target_dir, zig_folder};
 use support::server::free_port;
 use support::world::{PATIENCE, signal};
 
@@ -398,6 +398,62 @@ fn the_python_guide_runs_as_shown() -> Result<()> {
     Ok(())
 }
 
+/// The handler and the tests of the guide to C run together, and the handler is built for the host.
+#[test]
+fn the_c_guide_runs_as_shown() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let oncely = oncely()?;
+    let made = Command::new(&oncely)
+        .args(["new", "orders", "--lang", "c"])
+        .current_dir(folder.path())
+        .output()
+        .context("run oncely new")?;
+    ensure!(made.status.success(), "{made:?}");
+    let folder = folder.path().join("orders");
+    let guide = blocks(&read("docs/c.md")?);
+    let files: Vec<_> = annotated(&guide, "file", |_| true).collect();
+    ensure!(files.len() == 2, "found {} files", files.len());
+    for (name, block) in files {
+        std::fs::write(folder.join(name), &block.text)?;
+    }
+    std::fs::write(
+        folder.join("migrations/0001_orders.sql"),
+        "create table orders (id text primary key, total text not null)",
+    )?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let tools = zig_folder().map_or_else(String::new, |tools| format!("{}:", tools.display()));
+    for command in ["make test", "\"$ONCELY\" build"] {
+        let output = Command::new("sh")
+            .args(["-c", command])
+            .current_dir(&folder)
+            .env("PATH", format!("{tools}{path}"))
+            .env("ONCELY", &oncely)
+            .output()
+            .context("run a shell")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "`{command}`: {said}");
+    }
+    Ok(())
+}
+
+/// The package of C has no undefined behaviour that its tests can reach.
+#[test]
+fn the_c_package_passes_its_tests_with_sanitizers() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let script = "cc -g -Wall -Wextra -Wpedantic -Werror -fsanitize=address,undefined \
+        -I$SDK -o $OUT test_sdk.c $SDK/oncely/*.c -ldl && $OUT";
+    let output = Command::new("sh")
+        .args(["-c", script])
+        .current_dir(repository().join("tests/c-guest"))
+        .env("SDK", repository().join("guest-sdk/c"))
+        .env("OUT", folder.path().join("test_sdk"))
+        .output()
+        .context("run a shell")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{said}");
+    Ok(())
+}
+
 #[test]
 fn the_on_call_session_runs_as_shown() -> Result<()> {
     let beside = tempfile::tempdir()?;
@@ -466,7 +522,13 @@ fn the_on_call_session_runs_as_shown() -> Result<()> {
 /// All documents for users.
 fn documents() -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
-    for folder in ["", "docs", "examples/payments", "examples/python"] {
+    for folder in [
+        "",
+        "docs",
+        "examples/payments",
+        "examples/python",
+        "examples/c",
+    ] {
         for entry in std::fs::read_dir(repository().join(folder))? {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "md") {

@@ -19,6 +19,11 @@ async fn a_new_python_project_handles_its_first_message() -> Result<()> {
     handles_its_first_message("python", &["python3", "-m", "unittest"]).await
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_c_project_handles_its_first_message() -> Result<()> {
+    handles_its_first_message("c", &["make", "test"]).await
+}
+
 async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let made = world.oncely(&["new", "orders", "--lang", language]).await?;
@@ -40,18 +45,12 @@ async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> 
     );
 
     // It is built and deployed, and a message has its effect and its output.
-    let tools = guests::componentize_py();
+    let tools = guests::repository().join("target/tools/bin");
     let path = std::env::var("PATH").unwrap_or_default();
     let deployed = tokio::process::Command::new(guests::oncely()?)
         .args(["deploy", "orders"])
         .current_dir(world.folder.path())
-        .env(
-            "PATH",
-            match tools.parent() {
-                Some(tools) if tools.is_absolute() => format!("{}:{path}", tools.display()),
-                _ => path,
-            },
-        )
+        .env("PATH", format!("{}:{path}", tools.display()))
         .env("CARGO_TARGET_DIR", guests::target_dir()?.join("new"))
         .output()
         .await?;

@@ -31,6 +31,7 @@ pub struct New {
 enum Language {
     Rust,
     Python,
+    C,
 }
 
 /// A program that builds or tests a project.
@@ -75,6 +76,20 @@ const PYTHON_SDK: &[File] = files! {
     "oncely/sql.py", "oncely/state.py", "oncely/testing.py",
 };
 
+const C: &[File] = files! {
+    "host/templates/c/" => "":
+    ".gitignore", "Makefile", "README.md", "app.c", "oncely.toml", "test_app.c",
+};
+
+const C_SDK: &[File] = files! {
+    "guest-sdk/c/" => "":
+    "oncely/generated/batch_worker/bindings.c", "oncely/generated/batch_worker/bindings.h",
+    "oncely/generated/batch_worker/bindings_component_type.c",
+    "oncely/generated/worker/bindings.c", "oncely/generated/worker/bindings.h",
+    "oncely/generated/worker/bindings_component_type.c", "oncely/internal.h", "oncely/json.c",
+    "oncely/oncely.c", "oncely/oncely.h", "oncely/testing.c", "oncely/testing.h", "oncely/wasm.c",
+};
+
 const WIT: &[File] = files! {
     "wit/" => "wit/":
     "worker.wit", "deps/config/config.wit", "deps/logging/logging.wit",
@@ -91,6 +106,7 @@ impl Language {
         match self {
             Language::Rust => RUST,
             Language::Python => PYTHON,
+            Language::C => C,
         }
     }
 
@@ -99,6 +115,7 @@ impl Language {
         match self {
             Language::Rust => &[RUST_SDK],
             Language::Python => &[PYTHON_SDK, WIT],
+            Language::C => &[C_SDK],
         }
     }
 
@@ -118,6 +135,16 @@ impl Language {
                     install: "pip install componentize-py",
                 },
             ],
+            Language::C => &[
+                Tool {
+                    program: "make",
+                    install: "install GNU Make",
+                },
+                Tool {
+                    program: "cc",
+                    install: "install a C compiler, for the tests",
+                },
+            ],
         }
     }
 
@@ -131,6 +158,7 @@ impl Language {
         match self {
             Language::Rust => "cargo test",
             Language::Python => "python3 -m unittest",
+            Language::C => "make test",
         }
     }
 
@@ -149,8 +177,32 @@ impl Language {
                 Target::Wasip2.install_command()
             ));
         }
+        if self == Language::C && !has_zig() {
+            missing.push("zig is missing: pip install ziglang".to_owned());
+        }
         missing
     }
+}
+
+/// Whether there is a compiler of Zig, on the PATH or as a package of Python.
+fn has_zig() -> bool {
+    [
+        &["zig", "version"][..],
+        &["python3", "-m", "ziglang", "version"],
+    ]
+    .iter()
+    .any(|command| {
+        let [program, arguments @ ..] = command else {
+            return false;
+        };
+        let status = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        status.is_ok_and(|status| status.success())
+    })
 }
 
 impl Tool {
@@ -272,9 +324,11 @@ mod tests {
         for (folder, prefix, listed) in [
             ("guest-sdk/src", "sdk/src/", RUST_SDK),
             ("guest-sdk/python", "", PYTHON_SDK),
+            ("guest-sdk/c", "", C_SDK),
             ("wit", "wit/", WIT),
             ("host/templates/rust", "", RUST),
             ("host/templates/python", "", PYTHON),
+            ("host/templates/c", "", C),
         ] {
             let path = format!("{}/../{folder}", env!("CARGO_MANIFEST_DIR"));
             let mut listed: Vec<&str> = listed
