@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use super::encode::encode_component;
+use super::encode::read_component;
 use super::term;
 use crate::cli::cargo::{TOOLCHAIN_VARIABLE, Target, build_component};
 use crate::component;
@@ -60,20 +60,16 @@ pub struct BuiltComponent {
 
 impl BuiltComponent {
     /// Builds the component of a worker if the manifest has a build step, reads it, and checks its
-    /// form, its handler and its imports. A core module that describes a component is made one.
+    /// form, its handler and its imports. A core module with a handler is made a component.
     ///
     /// # Errors
     /// The build failed, or the component is not a valid worker.
     pub fn build(entry: &WorkerEntry, with: ToolchainArg) -> Result<BuiltComponent> {
         let path = build_or_locate(entry, with)?;
-        let mut built = BuiltComponent {
-            wasm: component::read(&path)?,
+        let built = BuiltComponent {
+            wasm: read_component(&path)?,
             path,
         };
-        if component::describes_component(&built.wasm) {
-            built.wasm =
-                encode_component(&built.wasm).with_context(|| built.error_context(entry))?;
-        }
         let surface =
             component::inspect(&built.wasm).with_context(|| built.error_context(entry))?;
         check_kind(&entry.worker, surface.handler()?)?;

@@ -5,13 +5,15 @@
 //! Their time is proportional to the size of the component, and they read nothing but its bytes.
 
 mod code;
+mod debug_info;
 mod file;
 mod file_format;
 mod surface;
 
 pub use code::check_code;
+pub use debug_info::without_debug_sections;
 pub use file::read;
-pub use file_format::describes_component;
+pub use file_format::{describes_component, is_module_with_handler, module_world};
 pub use surface::{Handler, Surface};
 
 use anyhow::Result;
