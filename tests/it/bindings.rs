@@ -127,18 +127,54 @@ fn check_c(world: &str) -> Result<()> {
             Some(name) => (format!("{name}.c"), component_type(contents)?.into_bytes()),
             None => (name.to_owned(), contents.to_vec()),
         };
-        let path = folder.join(&name);
-        if std::env::var_os(WRITE).is_some() {
-            std::fs::create_dir_all(&folder)?;
-            std::fs::write(path, contents)?;
-            continue;
-        }
-        ensure!(
-            same(&path, &contents)?,
-            "{} does not match wit/: run `make bindings`",
-            path.display()
-        );
+        check_file(&folder.join(&name), &contents)?;
     }
+    Ok(())
+}
+
+#[test]
+fn bindings_of_go_match_the_wit() -> Result<()> {
+    let mut resolve = Resolve::default();
+    let (package, _) = resolve
+        .push_dir(repository().join("wit"))
+        .context("read wit/")?;
+    let id = resolve.select_world(&[package], Some("worker"))?;
+    let options = wit_bindgen_go::Opts {
+        // The result must not depend on an installed gofmt.
+        format: wit_bindgen_go::Format::False,
+        pkg_name: Some("oncely/internal/generated".to_owned()),
+        ..wit_bindgen_go::Opts::default()
+    };
+    let mut files = Files::default();
+    options.build().generate(&mut resolve, id, &mut files)?;
+    let folder = repository().join("guest-sdk/go/oncely/internal/generated");
+    for (name, contents) in files.iter() {
+        check_file(&folder.join(name), contents)?;
+    }
+
+    // The module of the runtime has the version that the generator expects.
+    let module = std::fs::read_to_string(repository().join("guest-sdk/go/oncely/go.mod"))?;
+    let runtime = wit_bindgen_go::remote_pkg_version();
+    ensure!(
+        module.contains(&runtime),
+        "go.mod does not require {runtime}"
+    );
+    Ok(())
+}
+
+/// Compares a committed file with the generated one, or writes it.
+fn check_file(path: &Path, generated: &[u8]) -> Result<()> {
+    if std::env::var_os(WRITE).is_some() {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        return Ok(std::fs::write(path, generated)?);
+    }
+    ensure!(
+        same(path, generated)?,
+        "{} does not match wit/: run `make bindings`",
+        path.display()
+    );
     Ok(())
 }
 

@@ -26,15 +26,31 @@ async fn handlers_in_c_conform() -> Result<()> {
     conforms(&guests::c_component()?).await
 }
 
-/// Messages that share an instance need the memory of one message.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handlers_in_go_conform() -> Result<()> {
+    conforms(&guests::go_component()?).await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_instance_in_c_keeps_no_memory() -> Result<()> {
-    let settings = r#"
+    an_instance_keeps_no_memory(&guests::c_component()?, "4MiB").await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_instance_in_go_keeps_no_memory() -> Result<()> {
+    an_instance_keeps_no_memory(&guests::go_component()?, "32MiB").await
+}
+
+/// Messages that share an instance do not need more memory than one of them.
+async fn an_instance_keeps_no_memory(component: &Path, memory: &str) -> Result<()> {
+    let settings = format!(
+        r#"
 isolation = "batch"
 [worker.limits]
-memory = "4MiB"
-"#;
-    let manifest = manifest_of(&guests::c_component()?, settings);
+memory = "{memory}"
+"#
+    );
+    let manifest = manifest_of(component, &settings);
     let world = World::start(Kind::Postgres, &manifest).await?;
     let large = |number| {
         let event_id = format!("large-{number}");
@@ -45,12 +61,10 @@ memory = "4MiB"
     world.nats.publish_all((0..24).map(large).collect()).await?;
     let done = "select count(*) from oncely.inbox where state = 'done'";
     world.until(done, 24).await?;
+    let failed = "select event_id, code, error, logs from oncely.attempt";
     assert_eq!(
-        world
-            .database
-            .number("select count(*) from oncely.attempt")
-            .await?,
-        0
+        world.database.rows(failed).await?,
+        Vec::<Vec<String>>::new()
     );
     Ok(())
 }

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use support::guests::{oncely, repository, target_dir, zig_folder};
+use support::guests::{go_flags, oncely, repository, target_dir, zig_folder};
 use support::server::free_port;
 use support::world::{PATIENCE, signal};
 
@@ -433,6 +433,62 @@ fn the_c_guide_runs_as_shown() -> Result<()> {
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "`{command}`: {said}");
     }
+    Ok(())
+}
+
+/// The handler and the tests of the guide to Go run together, and the handler is built for a host.
+#[test]
+fn the_go_guide_runs_as_shown() -> Result<()> {
+    let root = tempfile::tempdir()?;
+    let oncely = oncely()?;
+    let made = Command::new(&oncely)
+        .args(["new", "orders", "--lang", "go"])
+        .current_dir(root.path())
+        .output()
+        .context("run oncely new")?;
+    ensure!(made.status.success(), "{made:?}");
+    let folder = root.path().join("orders");
+    let guide = blocks(&read("docs/go.md")?);
+    let files: Vec<_> = annotated(&guide, "file", |_| true).collect();
+    ensure!(files.len() == 2, "found {} files", files.len());
+    for (name, block) in files {
+        std::fs::write(folder.join(name), &block.text)?;
+    }
+    let path = std::env::var("PATH").unwrap_or_default();
+    let tools = repository().join("target/tools/bin");
+    for command in ["go test", "\"$ONCELY\" build"] {
+        let output = Command::new("sh")
+            .args(["-c", command])
+            .current_dir(&folder)
+            .env("PATH", format!("{}:{path}", tools.display()))
+            .env("GOFLAGS", go_flags(&folder, &root.path().join("go.mod"))?)
+            .env("ONCELY", &oncely)
+            .output()
+            .context("run a shell")?;
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        ensure!(output.status.success(), "`{command}`: {said}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_c_example_passes_its_tests() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for name in ["Makefile", "app.c", "test_app.c"] {
+        std::fs::copy(
+            repository().join("examples/c").join(name),
+            folder.path().join(name),
+        )?;
+    }
+    let output = Command::new("make")
+        .arg(format!("SDK={}", repository().join("guest-sdk/c").display()))
+        .arg("test")
+        .current_dir(folder.path())
+        .output()
+        .context("run make")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{said}");
     Ok(())
 }
 

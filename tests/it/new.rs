@@ -24,11 +24,22 @@ async fn a_new_c_project_handles_its_first_message() -> Result<()> {
     handles_its_first_message("c", &["make", "test"]).await
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_go_project_handles_its_first_message() -> Result<()> {
+    handles_its_first_message("go", &["sh", "-c", "PATH=$TOOLS:$PATH go test"]).await
+}
+
 async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let made = world.oncely(&["new", "orders", "--lang", language]).await?;
     ensure!(made.contains("cd orders"), "{made}");
     let folder = world.folder.path().join("orders");
+
+    let tools = guests::repository().join("target/tools/bin");
+    let go_flags = match language {
+        "go" => guests::go_flags(&folder, &world.folder.path().join("go.mod"))?,
+        _ => String::new(),
+    };
 
     // Its tests pass.
     let (program, arguments) = test.split_first().context("no command")?;
@@ -36,6 +47,8 @@ async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> 
         .args(arguments)
         .current_dir(&folder)
         .env("CARGO_TARGET_DIR", guests::target_dir()?.join("new"))
+        .env("TOOLS", &tools)
+        .env("GOFLAGS", &go_flags)
         .output()?;
     ensure!(
         tested.status.success(),
@@ -45,13 +58,13 @@ async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> 
     );
 
     // It is built and deployed, and a message has its effect and its output.
-    let tools = guests::repository().join("target/tools/bin");
     let path = std::env::var("PATH").unwrap_or_default();
     let deployed = tokio::process::Command::new(guests::oncely()?)
         .args(["deploy", "orders"])
         .current_dir(world.folder.path())
         .env("PATH", format!("{}:{path}", tools.display()))
         .env("CARGO_TARGET_DIR", guests::target_dir()?.join("new"))
+        .env("GOFLAGS", go_flags)
         .output()
         .await?;
     ensure!(

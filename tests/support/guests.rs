@@ -66,6 +66,76 @@ pub fn c_component() -> Result<PathBuf> {
     built.clone().map_err(anyhow::Error::msg)
 }
 
+/// The component of `tests/go-guest`: the behaviours of the conformance suite.
+pub fn go_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        let built = target_dir().and_then(|folder| {
+            let out = folder.join("go-guest.wasm");
+            build_go(&repository().join("tests/go-guest"), &out).map(|()| out)
+        });
+        built.map_err(|error| format!("{error:#}"))
+    });
+    built.clone().map_err(anyhow::Error::msg)
+}
+
+/// The compiler of Go.
+pub fn go() -> PathBuf {
+    let tools = repository().join("target/tools/bin/go");
+    if tools.exists() {
+        tools
+    } else {
+        PathBuf::from("go")
+    }
+}
+
+/// The value of `GOFLAGS` with which the Go module in a folder is built without a download: the
+/// runtime of the bindings is in the crate of their generator. `module` is a file to write.
+pub fn go_flags(folder: &Path, module: &Path) -> Result<String> {
+    let text = std::fs::read_to_string(folder.join("go.mod")).context("read go.mod")?;
+    // A new project has a copy of the SDK.
+    let copy = folder.join("oncely");
+    let sdk = if copy.exists() {
+        copy
+    } else {
+        repository().join("guest-sdk/go/oncely")
+    };
+    let replaced: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.starts_with("replace"))
+        .collect();
+    let text = format!(
+        "{}\nreplace oncely => {}\nreplace go.bytecodealliance.org/pkg => {}\n",
+        replaced.join("\n"),
+        sdk.display(),
+        package_folder("wit-bindgen-go")?.join("src/pkg").display()
+    );
+    std::fs::write(module, text).context("write go.mod")?;
+    Ok(format!("-mod=mod -modfile={}", module.display()))
+}
+
+/// Builds the Go module in a folder, as a manifest does.
+fn build_go(folder: &Path, out: &Path) -> Result<()> {
+    let output = Command::new(go())
+        .args(["build", "-buildmode=c-shared", "-ldflags=-checklinkname=0"])
+        .arg("-o")
+        .arg(out)
+        .arg(".")
+        .current_dir(folder)
+        .env("GOOS", "wasip1")
+        .env("GOARCH", "wasm")
+        .env("GOFLAGS", go_flags(folder, &out.with_extension("mod"))?)
+        .env("GOPROXY", "off")
+        .output()
+        .context("run go; `make install-tools` installs it")?;
+    anyhow::ensure!(
+        output.status.success(),
+        "build a component with go: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
 /// The folder of the compiler of Zig, if `make install-tools` has installed it.
 pub fn zig_folder() -> Option<PathBuf> {
     let tools = repository().join("target/tools/bin");
@@ -156,6 +226,11 @@ fn build_python(folder: &str, wit: &Path, world: &str) -> Result<PathBuf> {
 
 /// The folder of the `wasi:http` WIT files that wasmtime ships.
 fn wasi_http_wit() -> Result<PathBuf> {
+    Ok(package_folder("wasmtime-wasi-http")?.join("wit"))
+}
+
+/// The folder of a crate among the dependencies.
+fn package_folder(name: &str) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .args(["metadata", "--format-version", "1", "--locked"])
@@ -167,13 +242,12 @@ fn wasi_http_wit() -> Result<PathBuf> {
     let packages = metadata["packages"]
         .as_array()
         .context("read the packages of cargo metadata")?;
-    let package = packages
-        .iter()
-        .find(|package| package["name"] == "wasmtime-wasi-http");
+    let package = packages.iter().find(|package| package["name"] == name);
     let manifest = package
         .and_then(|package| package["manifest_path"].as_str())
-        .context("find wasmtime-wasi-http")?;
-    Ok(Path::new(manifest).with_file_name("wit"))
+        .with_context(|| format!("find the crate {name}"))?;
+    let folder = Path::new(manifest).parent().context("find its folder")?;
+    Ok(folder.to_owned())
 }
 
 type Built = OnceLock<std::result::Result<PathBuf, String>>;

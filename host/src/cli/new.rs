@@ -32,6 +32,7 @@ enum Language {
     Rust,
     Python,
     C,
+    Go,
 }
 
 /// A program that builds or tests a project.
@@ -90,6 +91,48 @@ const C_SDK: &[File] = files! {
     "oncely/oncely.c", "oncely/oncely.h", "oncely/testing.c", "oncely/testing.h", "oncely/wasm.c",
 };
 
+const GO: &[File] = files! {
+    "host/templates/go/" => "":
+    ".gitignore", "README.md", "go.mod", "main.go", "main_test.go", "oncely.toml",
+};
+
+const GO_SDK: &[File] = files! {
+    "guest-sdk/go/" => "":
+    "oncely/cache/cache.go",
+    "oncely/config/config.go",
+    "oncely/go.mod",
+    "oncely/handler_wasip1.go",
+    "oncely/internal/backend/backend.go",
+    "oncely/internal/generated/export_oncely_worker_handler/handler.go",
+    "oncely/internal/generated/oncely_worker_cache/empty.s",
+    "oncely/internal/generated/oncely_worker_cache/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_handler/empty.s",
+    "oncely/internal/generated/oncely_worker_handler/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_invocation/empty.s",
+    "oncely/internal/generated/oncely_worker_invocation/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_outbox/empty.s",
+    "oncely/internal/generated/oncely_worker_outbox/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_sql/empty.s",
+    "oncely/internal/generated/oncely_worker_sql/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_state/empty.s",
+    "oncely/internal/generated/oncely_worker_state/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_types/empty.s",
+    "oncely/internal/generated/oncely_worker_types/wit_bindings.go",
+    "oncely/internal/generated/wasi_config_store/empty.s",
+    "oncely/internal/generated/wasi_config_store/wit_bindings.go",
+    "oncely/internal/generated/wasi_logging_logging/empty.s",
+    "oncely/internal/generated/wasi_logging_logging/wit_bindings.go",
+    "oncely/internal/generated/wit_exports/wit_exports.go",
+    "oncely/internal/wasm/collect_wasip1.go",
+    "oncely/internal/wasm/wasm_wasip1.go",
+    "oncely/invocation/invocation.go",
+    "oncely/oncely.go",
+    "oncely/oncelytest/oncelytest.go",
+    "oncely/outbox/outbox.go",
+    "oncely/sql/sql.go",
+    "oncely/state/state.go",
+};
+
 const WIT: &[File] = files! {
     "wit/" => "wit/":
     "worker.wit", "deps/config/config.wit", "deps/logging/logging.wit",
@@ -107,6 +150,7 @@ impl Language {
             Language::Rust => RUST,
             Language::Python => PYTHON,
             Language::C => C,
+            Language::Go => GO,
         }
     }
 
@@ -116,6 +160,7 @@ impl Language {
             Language::Rust => &[RUST_SDK],
             Language::Python => &[PYTHON_SDK, WIT],
             Language::C => &[C_SDK],
+            Language::Go => &[GO_SDK],
         }
     }
 
@@ -145,6 +190,10 @@ impl Language {
                     install: "install a C compiler, for the tests",
                 },
             ],
+            Language::Go => &[Tool {
+                program: "go",
+                install: "install Go 1.25 or newer",
+            }],
         }
     }
 
@@ -159,6 +208,7 @@ impl Language {
             Language::Rust => "cargo test",
             Language::Python => "python3 -m unittest",
             Language::C => "make test",
+            Language::Go => "go mod tidy && go test",
         }
     }
 
@@ -325,10 +375,12 @@ mod tests {
             ("guest-sdk/src", "sdk/src/", RUST_SDK),
             ("guest-sdk/python", "", PYTHON_SDK),
             ("guest-sdk/c", "", C_SDK),
+            ("guest-sdk/go", "", GO_SDK),
             ("wit", "wit/", WIT),
             ("host/templates/rust", "", RUST),
             ("host/templates/python", "", PYTHON),
             ("host/templates/c", "", C),
+            ("host/templates/go", "", GO),
         ] {
             let path = format!("{}/../{folder}", env!("CARGO_MANIFEST_DIR"));
             let mut listed: Vec<&str> = listed
