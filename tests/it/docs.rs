@@ -482,7 +482,10 @@ fn the_c_example_passes_its_tests() -> Result<()> {
         )?;
     }
     let output = Command::new("make")
-        .arg(format!("SDK={}", repository().join("guest-sdk/c").display()))
+        .arg(format!(
+            "SDK={}",
+            repository().join("guest-sdk/c").display()
+        ))
         .arg("test")
         .current_dir(folder.path())
         .output()
