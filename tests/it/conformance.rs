@@ -69,6 +69,24 @@ memory = "{memory}"
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_handler_in_c_returns_a_result_for_each_message() -> Result<()> {
+    let manifest = manifest_of(&guests::c_batch_component()?, "");
+    let world = World::start(Kind::Postgres, &manifest).await?;
+    for event_id in ["one", "two", "empty", "three"] {
+        let mut message = NewMessage::new("in.x", event_id, "", "");
+        if event_id != "empty" {
+            message.body = format!("\"{event_id}\"").into_bytes();
+        }
+        world.nats.publish_all(vec![message]).await?;
+    }
+    let found = outputs(&world, "out.batch", 3).await?;
+    assert_eq!(found.len(), 3);
+    let dead =
+        "select count(*) from oncely.dead_letter where event_id = 'empty' and code = 'empty'";
+    world.until(dead, 1).await
+}
+
 /// Few lanes, because an instance of an interpreter is large.
 const SETTINGS: &str = r#"
 concurrency = 2

@@ -62,8 +62,15 @@ pub fn python_component() -> Result<PathBuf> {
 /// The component of `tests/c-guest`: the behaviours of the conformance suite.
 pub fn c_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
-    let built = BUILT.get_or_init(|| build_c("c-guest").map_err(|error| format!("{error:#}")));
+    let built = BUILT.get_or_init(|| {
+        build_c("c-guest", "app.c", "worker").map_err(|error| format!("{error:#}"))
+    });
     built.clone().map_err(anyhow::Error::msg)
+}
+
+/// The component of `tests/c-guest/batch.c`, which handles batches.
+pub fn c_batch_component() -> Result<PathBuf> {
+    build_c("c-batch-guest", "batch.c", "batch_worker")
 }
 
 /// The component of `tests/go-guest`: the behaviours of the conformance suite.
@@ -142,16 +149,18 @@ pub fn zig_folder() -> Option<PathBuf> {
     tools.join("zig").exists().then_some(tools)
 }
 
-/// Builds a folder in `tests` with the SDK, by the rules of the template. The host wraps the core
-/// module.
-fn build_c(folder: &str) -> Result<PathBuf> {
-    let out = target_dir()?.join(format!("{folder}.wasm"));
+/// Builds a file in `tests/c-guest` with the SDK, by the rules of the example. The host wraps the
+/// core module.
+fn build_c(name: &str, source: &str, world: &str) -> Result<PathBuf> {
+    let out = target_dir()?.join(format!("{name}.wasm"));
     let sdk = repository().join("guest-sdk/c");
     let makefile =
         std::fs::read_to_string(repository().join("examples/c/Makefile")).context("read rules")?;
     let makefile = makefile
         .replace("greet.wasm", &out.to_string_lossy())
         .replace(" Makefile", "")
+        .replace("SOURCES = app.c", &format!("SOURCES = {source}"))
+        .replace("generated/worker", &format!("generated/{world}"))
         .replace("../../guest-sdk/c", &sdk.to_string_lossy());
     let rules = out.with_extension("mk");
     std::fs::write(&rules, makefile).context("write the rules")?;
@@ -160,8 +169,12 @@ fn build_c(folder: &str) -> Result<PathBuf> {
     let output = Command::new("make")
         .arg("-f")
         .arg(&rules)
+        .arg(match world {
+            "batch_worker" => "CPPFLAGS=-DONCELY_BATCH",
+            _ => "CPPFLAGS=",
+        })
         .arg(&out)
-        .current_dir(repository().join("tests").join(folder))
+        .current_dir(repository().join("tests/c-guest"))
         .env("PATH", format!("{tools}{path}"))
         .output()
         .context("run make")?;
