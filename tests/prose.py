@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks the prose of the repository: Markdown outside code, and comments in Rust, SQL and WIT.
+"""Checks the prose of the repository: Markdown outside code, and comments in Rust, C, Go, SQL and WIT.
 
 Prints for each area the words, the counts per 1,000 words and the lines over 100 columns, then the
 long lines and the retired words. CONTRIBUTING.md has the limits. The exit code is 1 if the
@@ -41,6 +41,9 @@ COMMENT = {
     ".rs": re.compile(r"^\s*//[/!]?|(?<=[;,{}()\]])\s+//(?=\s)"),
     ".sql": re.compile(r"^\s*--+|(?<=\S)\s+--(?=\s)"),
     ".wit": re.compile(r"^\s*///?"),
+    ".c": re.compile(r"^\s*//|(?<=[;,{}()\]])\s+//(?=\s)"),
+    ".go": re.compile(r"^\s*//|(?<=[;,{}()\]])\s+//(?=\s)"),
+    ".h": re.compile(r"^\s*//|(?<=[;,{}()\]])\s+//(?=\s)"),
 }
 # Not prose: inline code, which may wrap, targets of links, and HTML comments.
 CODE = re.compile(r"`(?:[^`\n]|\n(?!\s*\n))+`|\]\([^)]*\)|<!--.*?-->")

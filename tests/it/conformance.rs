@@ -35,6 +35,74 @@ async fn handlers_in_javascript_conform() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handlers_in_c_conform() -> Result<()> {
+    conforms(&guests::c_component()?).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handlers_in_go_conform() -> Result<()> {
+    conforms(&guests::go_component()?).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_instance_in_c_keeps_no_memory() -> Result<()> {
+    an_instance_keeps_no_memory(&guests::c_component()?, "4MiB").await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_instance_in_go_keeps_no_memory() -> Result<()> {
+    an_instance_keeps_no_memory(&guests::go_component()?, "32MiB").await
+}
+
+/// Messages that share an instance do not need more memory than one of them.
+async fn an_instance_keeps_no_memory(component: &Path, memory: &str) -> Result<()> {
+    let settings = format!(
+        r#"
+isolation = "batch"
+[worker.limits]
+memory = "{memory}"
+"#
+    );
+    let manifest = manifest_of(component, &settings);
+    let world = World::start(Kind::Postgres, &manifest).await?;
+    let large = |number| {
+        let event_id = format!("large-{number}");
+        let mut message = NewMessage::new("in.x", &event_id, "insert,echo", "");
+        message.body = vec![b'x'; 900_000];
+        message
+    };
+    world.nats.publish_all((0..24).map(large).collect()).await?;
+    let done = "select count(*) from oncely.inbox where state = 'done'";
+    world.until(done, 24).await?;
+    let failed = "select event_id, code, error, logs from oncely.attempt";
+    assert_eq!(
+        world.database.rows(failed).await?,
+        Vec::<Vec<String>>::new()
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_handler_in_c_returns_a_result_for_each_message() -> Result<()> {
+    let manifest = manifest_of(&guests::c_batch_component()?, "");
+    let world = World::start(Kind::Postgres, &manifest).await?;
+    for event_id in ["one", "two", "empty", "three"] {
+        let mut message = NewMessage::new("in.x", event_id, "", "");
+        if event_id != "empty" {
+            message.body = format!("\"{event_id}\"").into_bytes();
+        }
+        world.nats.publish_all(vec![message]).await?;
+    }
+    let found = outputs(&world, "out.batch", 3).await?;
+    assert_eq!(found.len(), 3);
+    let dead =
+        "select count(*) from oncely.dead_letter where event_id = 'empty' and code = 'empty'";
+    world.until(dead, 1).await
+}
+
 /// Few lanes, because an instance of an interpreter is large.
 const SETTINGS: &str = r#"
 concurrency = 2

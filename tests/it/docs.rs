@@ -12,7 +12,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use support::guests::{link_npm_packages, oncely, repository, target_dir, tools_path};
+use support::guests::{
+    go_flags, link_npm_packages, oncely, repository, target_dir, tools_path, zig_folder,
+};
 use support::server::free_port;
 use support::world::{PATIENCE, signal};
 
@@ -436,6 +438,80 @@ fn the_javascript_guide_runs_as_shown() -> Result<()> {
     Ok(())
 }
 
+/// The handler and the tests of the guide to C run together, and the handler is built for the host.
+#[test]
+fn the_c_guide_runs_as_shown() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let oncely = oncely()?;
+    let made = Command::new(&oncely)
+        .args(["new", "orders", "--lang", "c"])
+        .current_dir(folder.path())
+        .output()
+        .context("run oncely new")?;
+    ensure!(made.status.success(), "{made:?}");
+    let folder = folder.path().join("orders");
+    let guide = blocks(&read("docs/c.md")?);
+    let files: Vec<_> = annotated(&guide, "file", |_| true).collect();
+    ensure!(files.len() == 2, "found {} files", files.len());
+    for (name, block) in files {
+        std::fs::write(folder.join(name), &block.text)?;
+    }
+    std::fs::write(
+        folder.join("migrations/0001_orders.sql"),
+        "create table orders (id text primary key, total text not null)",
+    )?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let tools = zig_folder().map_or_else(String::new, |tools| format!("{}:", tools.display()));
+    for command in ["make test", "\"$ONCELY\" build"] {
+        let output = Command::new("sh")
+            .args(["-c", command])
+            .current_dir(&folder)
+            .env("PATH", format!("{tools}{path}"))
+            .env("ONCELY", &oncely)
+            .output()
+            .context("run a shell")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "`{command}`: {said}");
+    }
+    Ok(())
+}
+
+/// The handler and the tests of the guide to Go run together, and the handler is built for a host.
+#[test]
+fn the_go_guide_runs_as_shown() -> Result<()> {
+    let root = tempfile::tempdir()?;
+    let oncely = oncely()?;
+    let made = Command::new(&oncely)
+        .args(["new", "orders", "--lang", "go"])
+        .current_dir(root.path())
+        .output()
+        .context("run oncely new")?;
+    ensure!(made.status.success(), "{made:?}");
+    let folder = root.path().join("orders");
+    let guide = blocks(&read("docs/go.md")?);
+    let files: Vec<_> = annotated(&guide, "file", |_| true).collect();
+    ensure!(files.len() == 2, "found {} files", files.len());
+    for (name, block) in files {
+        std::fs::write(folder.join(name), &block.text)?;
+    }
+    let path = std::env::var("PATH").unwrap_or_default();
+    let tools = repository().join("target/tools/bin");
+    for command in ["go test", "\"$ONCELY\" build"] {
+        let output = Command::new("sh")
+            .args(["-c", command])
+            .current_dir(&folder)
+            .env("PATH", format!("{}:{path}", tools.display()))
+            .env("GOFLAGS", go_flags(&folder, &root.path().join("go.mod"))?)
+            .env("ONCELY", &oncely)
+            .output()
+            .context("run a shell")?;
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        ensure!(output.status.success(), "`{command}`: {said}");
+    }
+    Ok(())
+}
+
 #[test]
 fn the_typescript_example_passes_its_tests() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -461,6 +537,47 @@ fn npm_test(folder: &Path) -> Result<()> {
         "{said}{}",
         String::from_utf8_lossy(&tested.stderr)
     );
+    Ok(())
+}
+
+#[test]
+fn the_c_example_passes_its_tests() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for name in ["Makefile", "app.c", "test_app.c"] {
+        std::fs::copy(
+            repository().join("examples/c").join(name),
+            folder.path().join(name),
+        )?;
+    }
+    let output = Command::new("make")
+        .arg(format!(
+            "SDK={}",
+            repository().join("guest-sdk/c").display()
+        ))
+        .arg("test")
+        .current_dir(folder.path())
+        .output()
+        .context("run make")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{said}");
+    Ok(())
+}
+
+/// The package of C has no undefined behaviour that its tests can reach.
+#[test]
+fn the_c_package_passes_its_tests_with_sanitizers() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let script = "cc -g -Wall -Wextra -Wpedantic -Werror -fsanitize=address,undefined \
+        -I$SDK -o $OUT test_sdk.c $SDK/oncely/*.c -ldl && $OUT";
+    let output = Command::new("sh")
+        .args(["-c", script])
+        .current_dir(repository().join("tests/c-guest"))
+        .env("SDK", repository().join("guest-sdk/c"))
+        .env("OUT", folder.path().join("test_sdk"))
+        .output()
+        .context("run a shell")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{said}");
     Ok(())
 }
 
@@ -538,6 +655,7 @@ fn documents() -> Result<Vec<PathBuf>> {
         "examples/payments",
         "examples/python",
         "examples/typescript",
+        "examples/c",
     ];
     for folder in folders {
         for entry in std::fs::read_dir(repository().join(folder))? {

@@ -29,6 +29,16 @@ async fn a_new_typescript_project_handles_its_first_message() -> Result<()> {
     handles_its_first_message("typescript", &["npm", "test"]).await
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_c_project_handles_its_first_message() -> Result<()> {
+    handles_its_first_message("c", &["make", "test"]).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_go_project_handles_its_first_message() -> Result<()> {
+    handles_its_first_message("go", &["sh", "-c", "PATH=$TOOLS:$PATH go test"]).await
+}
+
 async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let made = world.oncely(&["new", "orders", "--lang", language]).await?;
@@ -39,6 +49,12 @@ async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> 
         guests::link_npm_packages(&folder, &folder.join("oncely"))?;
     }
 
+    let tools = guests::repository().join("target/tools/bin");
+    let go_flags = match language {
+        "go" => guests::go_flags(&folder, &world.folder.path().join("go.mod"))?,
+        _ => String::new(),
+    };
+
     // Its tests pass.
     let (program, arguments) = test.split_first().context("no command")?;
     let tested = Command::new(program)
@@ -46,6 +62,8 @@ async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> 
         .current_dir(&folder)
         .env("PATH", guests::tools_path())
         .env("CARGO_TARGET_DIR", guests::target_dir()?.join("new"))
+        .env("TOOLS", &tools)
+        .env("GOFLAGS", &go_flags)
         .output()?;
     ensure!(
         tested.status.success(),
@@ -60,6 +78,7 @@ async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> 
         .current_dir(world.folder.path())
         .env("PATH", guests::tools_path())
         .env("CARGO_TARGET_DIR", guests::target_dir()?.join("new"))
+        .env("GOFLAGS", go_flags)
         .output()
         .await?;
     ensure!(

@@ -138,6 +138,133 @@ fn build_js(folder: &str) -> Result<PathBuf> {
     Ok(out)
 }
 
+/// The component of `tests/c-guest`: the behaviours of the conformance suite.
+pub fn c_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        build_c("c-guest", "app.c", "worker").map_err(|error| format!("{error:#}"))
+    });
+    built.clone().map_err(anyhow::Error::msg)
+}
+
+/// The component of `tests/c-guest/batch.c`, which handles batches.
+pub fn c_batch_component() -> Result<PathBuf> {
+    build_c("c-batch-guest", "batch.c", "batch_worker")
+}
+
+/// The component of `tests/go-guest`: the behaviours of the conformance suite.
+pub fn go_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        let built = target_dir().and_then(|folder| {
+            let out = folder.join("go-guest.wasm");
+            build_go(&repository().join("tests/go-guest"), &out).map(|()| out)
+        });
+        built.map_err(|error| format!("{error:#}"))
+    });
+    built.clone().map_err(anyhow::Error::msg)
+}
+
+/// The compiler of Go.
+pub fn go() -> PathBuf {
+    let tools = repository().join("target/tools/bin/go");
+    if tools.exists() {
+        tools
+    } else {
+        PathBuf::from("go")
+    }
+}
+
+/// The value of `GOFLAGS` with which the Go module in a folder is built without a download: the
+/// runtime of the bindings is in the crate of their generator. `module` is a file to write.
+pub fn go_flags(folder: &Path, module: &Path) -> Result<String> {
+    let text = std::fs::read_to_string(folder.join("go.mod")).context("read go.mod")?;
+    // A new project has a copy of the SDK.
+    let copy = folder.join("oncely");
+    let sdk = if copy.exists() {
+        copy
+    } else {
+        repository().join("guest-sdk/go/oncely")
+    };
+    let replaced: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.starts_with("replace"))
+        .collect();
+    let text = format!(
+        "{}\nreplace oncely => {}\nreplace go.bytecodealliance.org/pkg => {}\n",
+        replaced.join("\n"),
+        sdk.display(),
+        package_folder("wit-bindgen-go")?.join("src/pkg").display()
+    );
+    std::fs::write(module, text).context("write go.mod")?;
+    Ok(format!("-mod=mod -modfile={}", module.display()))
+}
+
+/// Builds the Go module in a folder, as a manifest does.
+fn build_go(folder: &Path, out: &Path) -> Result<()> {
+    let output = Command::new(go())
+        .args(["build", "-buildmode=c-shared", "-ldflags=-checklinkname=0"])
+        .arg("-o")
+        .arg(out)
+        .arg(".")
+        .current_dir(folder)
+        .env("GOOS", "wasip1")
+        .env("GOARCH", "wasm")
+        .env("GOFLAGS", go_flags(folder, &out.with_extension("mod"))?)
+        .env("GOPROXY", "off")
+        .output()
+        .context("run go; `make install-tools` installs it")?;
+    anyhow::ensure!(
+        output.status.success(),
+        "build a component with go: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
+/// The folder of the compiler of Zig, if `make install-tools` has installed it.
+pub fn zig_folder() -> Option<PathBuf> {
+    let tools = repository().join("target/tools/bin");
+    tools.join("zig").exists().then_some(tools)
+}
+
+/// Builds a file in `tests/c-guest` with the SDK, by the rules of the example. The host wraps the
+/// core module.
+fn build_c(name: &str, source: &str, world: &str) -> Result<PathBuf> {
+    let out = target_dir()?.join(format!("{name}.wasm"));
+    let sdk = repository().join("guest-sdk/c");
+    let makefile =
+        std::fs::read_to_string(repository().join("examples/c/Makefile")).context("read rules")?;
+    let makefile = makefile
+        .replace("greet.wasm", &out.to_string_lossy())
+        .replace(" Makefile", "")
+        .replace("SOURCES = app.c", &format!("SOURCES = {source}"))
+        .replace("generated/worker", &format!("generated/{world}"))
+        .replace("../../guest-sdk/c", &sdk.to_string_lossy());
+    let rules = out.with_extension("mk");
+    std::fs::write(&rules, makefile).context("write the rules")?;
+    let path = std::env::var("PATH").unwrap_or_default();
+    let tools = zig_folder().map_or_else(String::new, |tools| format!("{}:", tools.display()));
+    let output = Command::new("make")
+        .arg("-f")
+        .arg(&rules)
+        .arg(match world {
+            "batch_worker" => "CPPFLAGS=-DONCELY_BATCH",
+            _ => "CPPFLAGS=",
+        })
+        .arg(&out)
+        .current_dir(repository().join("tests/c-guest"))
+        .env("PATH", format!("{tools}{path}"))
+        .output()
+        .context("run make")?;
+    anyhow::ensure!(
+        output.status.success(),
+        "build a component with zig; `make install-tools` installs it: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(out)
+}
+
 /// Whether a component is newer than its source and the files of its SDK.
 fn is_fresh(out: &Path, source: &Path, sdk: &Path) -> Result<bool> {
     let made = |path: &Path| {
@@ -196,6 +323,11 @@ fn build_python(folder: &str, wit: &Path, world: &str) -> Result<PathBuf> {
 
 /// The folder of the `wasi:http` WIT files that wasmtime ships.
 fn wasi_http_wit() -> Result<PathBuf> {
+    Ok(package_folder("wasmtime-wasi-http")?.join("wit"))
+}
+
+/// The folder of a crate among the dependencies.
+fn package_folder(name: &str) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .args(["metadata", "--format-version", "1", "--locked"])
@@ -207,13 +339,12 @@ fn wasi_http_wit() -> Result<PathBuf> {
     let packages = metadata["packages"]
         .as_array()
         .context("read the packages of cargo metadata")?;
-    let package = packages
-        .iter()
-        .find(|package| package["name"] == "wasmtime-wasi-http");
+    let package = packages.iter().find(|package| package["name"] == name);
     let manifest = package
         .and_then(|package| package["manifest_path"].as_str())
-        .context("find wasmtime-wasi-http")?;
-    Ok(Path::new(manifest).with_file_name("wit"))
+        .with_context(|| format!("find the crate {name}"))?;
+    let folder = Path::new(manifest).parent().context("find its folder")?;
+    Ok(folder.to_owned())
 }
 
 type Built = OnceLock<std::result::Result<PathBuf, String>>;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use super::encode::read_component;
 use super::term;
 use crate::cli::cargo::{TOOLCHAIN_VARIABLE, Target, build_component};
 use crate::component;
@@ -59,14 +60,14 @@ pub struct BuiltComponent {
 
 impl BuiltComponent {
     /// Builds the component of a worker if the manifest has a build step, reads it, and checks its
-    /// form, its handler and its imports.
+    /// form, its handler and its imports. A core module with a handler is made a component.
     ///
     /// # Errors
     /// The build failed, or the component is not a valid worker.
     pub fn build(entry: &WorkerEntry, with: ToolchainArg) -> Result<BuiltComponent> {
         let path = build_or_locate(entry, with)?;
         let built = BuiltComponent {
-            wasm: component::read(&path)?,
+            wasm: read_component(&path)?,
             path,
         };
         let surface =

@@ -17,6 +17,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
 use serde_json::Value;
 
+use super::encode::encode_component;
 use crate::model::hint::WithHint;
 
 /// Compiles the crate in `crate_dir` to a component and writes it to `out`.
@@ -59,7 +60,9 @@ fn compile(
     let wasm = std::fs::read(&artifact).with_context(|| format!("read {}", artifact.display()))?;
     match toolchain.target {
         Target::Wasip2 => Ok(wasm),
-        Target::Unknown | Target::StdFromSource => encode_component(&wasm),
+        Target::Unknown | Target::StdFromSource => {
+            encode_component(&wasm).context("is oncely_guest::handler! called?")
+        }
     }
 }
 
@@ -448,15 +451,6 @@ fn find_artifact(messages: &str, manifest: &Path) -> Result<PathBuf> {
 
 fn text<'v>(value: &'v Value, field: &str) -> Option<&'v str> {
     value.get(field).and_then(Value::as_str)
-}
-
-/// Wraps a core module into a component, by the bindings compiled into it.
-fn encode_component(module: &[u8]) -> Result<Vec<u8>> {
-    wit_component::ComponentEncoder::default()
-        .validate(true)
-        .module(module)
-        .and_then(|mut encoder| encoder.encode())
-        .context("convert the compiled module into a component (is oncely_guest::handler! called?)")
 }
 
 /// Writes `bytes` to `path` in one step. A file with this content already is left unchanged.

@@ -10,6 +10,7 @@ mod completions;
 mod deploy;
 mod dev;
 mod dlq;
+mod encode;
 pub mod exit;
 mod json_text;
 mod lock;

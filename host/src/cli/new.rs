@@ -35,6 +35,8 @@ enum Language {
     JavaScript,
     #[value(name = "typescript")]
     TypeScript,
+    C,
+    Go,
 }
 
 /// A program that builds or tests a project.
@@ -102,6 +104,62 @@ const JAVASCRIPT_SDK: &[File] = files! {
     "oncely/typescript.js", "oncely/values.d.ts", "oncely/values.js",
 };
 
+const C: &[File] = files! {
+    "host/templates/c/" => "":
+    ".gitignore", "Makefile", "README.md", "app.c", "oncely.toml", "test_app.c",
+};
+
+const C_SDK: &[File] = files! {
+    "guest-sdk/c/" => "":
+    "oncely/generated/batch_worker/bindings.c", "oncely/generated/batch_worker/bindings.h",
+    "oncely/generated/batch_worker/bindings_component_type.c",
+    "oncely/generated/worker/bindings.c", "oncely/generated/worker/bindings.h",
+    "oncely/generated/worker/bindings_component_type.c", "oncely/internal.h", "oncely/json.c",
+    "oncely/oncely.c", "oncely/oncely.h", "oncely/testing.c", "oncely/testing.h", "oncely/wasm.c",
+};
+
+const GO: &[File] = files! {
+    "host/templates/go/" => "":
+    ".gitignore", "README.md", "go.mod", "main.go", "main_test.go", "oncely.toml",
+};
+
+const GO_SDK: &[File] = files! {
+    "guest-sdk/go/" => "":
+    "oncely/cache/cache.go",
+    "oncely/config/config.go",
+    "oncely/go.mod",
+    "oncely/handler_wasip1.go",
+    "oncely/internal/backend/backend.go",
+    "oncely/internal/generated/export_oncely_worker_handler/handler.go",
+    "oncely/internal/generated/oncely_worker_cache/empty.s",
+    "oncely/internal/generated/oncely_worker_cache/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_handler/empty.s",
+    "oncely/internal/generated/oncely_worker_handler/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_invocation/empty.s",
+    "oncely/internal/generated/oncely_worker_invocation/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_outbox/empty.s",
+    "oncely/internal/generated/oncely_worker_outbox/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_sql/empty.s",
+    "oncely/internal/generated/oncely_worker_sql/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_state/empty.s",
+    "oncely/internal/generated/oncely_worker_state/wit_bindings.go",
+    "oncely/internal/generated/oncely_worker_types/empty.s",
+    "oncely/internal/generated/oncely_worker_types/wit_bindings.go",
+    "oncely/internal/generated/wasi_config_store/empty.s",
+    "oncely/internal/generated/wasi_config_store/wit_bindings.go",
+    "oncely/internal/generated/wasi_logging_logging/empty.s",
+    "oncely/internal/generated/wasi_logging_logging/wit_bindings.go",
+    "oncely/internal/generated/wit_exports/wit_exports.go",
+    "oncely/internal/wasm/collect_wasip1.go",
+    "oncely/internal/wasm/wasm_wasip1.go",
+    "oncely/invocation/invocation.go",
+    "oncely/oncely.go",
+    "oncely/oncelytest/oncelytest.go",
+    "oncely/outbox/outbox.go",
+    "oncely/sql/sql.go",
+    "oncely/state/state.go",
+};
+
 const WIT: &[File] = files! {
     "wit/" => "wit/":
     "worker.wit", "deps/config/config.wit", "deps/logging/logging.wit",
@@ -120,6 +178,8 @@ impl Language {
             Language::Python => PYTHON,
             Language::JavaScript => JAVASCRIPT,
             Language::TypeScript => TYPESCRIPT,
+            Language::C => C,
+            Language::Go => GO,
         }
     }
 
@@ -129,6 +189,8 @@ impl Language {
             Language::Rust => &[RUST_SDK],
             Language::Python => &[PYTHON_SDK, WIT],
             Language::JavaScript | Language::TypeScript => &[JAVASCRIPT_SDK, WIT],
+            Language::C => &[C_SDK],
+            Language::Go => &[GO_SDK],
         }
     }
 
@@ -158,6 +220,20 @@ impl Language {
                     install: "install npm, which Node.js includes",
                 },
             ],
+            Language::C => &[
+                Tool {
+                    program: "make",
+                    install: "install GNU Make",
+                },
+                Tool {
+                    program: "cc",
+                    install: "install a C compiler, for the tests",
+                },
+            ],
+            Language::Go => &[Tool {
+                program: "go",
+                install: "install Go 1.25 or newer",
+            }],
         }
     }
 
@@ -172,6 +248,8 @@ impl Language {
             Language::Rust => "cargo test",
             Language::Python => "python3 -m unittest",
             Language::JavaScript | Language::TypeScript => "npm install\n  npm test",
+            Language::C => "make test",
+            Language::Go => "go mod tidy && go test",
         }
     }
 
@@ -190,8 +268,32 @@ impl Language {
                 Target::Wasip2.install_command()
             ));
         }
+        if self == Language::C && !has_zig() {
+            missing.push("zig is missing: pip install ziglang".to_owned());
+        }
         missing
     }
+}
+
+/// Whether there is a compiler of Zig, on the PATH or as a package of Python.
+fn has_zig() -> bool {
+    [
+        &["zig", "version"][..],
+        &["python3", "-m", "ziglang", "version"],
+    ]
+    .iter()
+    .any(|command| {
+        let [program, arguments @ ..] = command else {
+            return false;
+        };
+        let status = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        status.is_ok_and(|status| status.success())
+    })
 }
 
 impl Tool {
@@ -314,11 +416,15 @@ mod tests {
             ("guest-sdk/src", "sdk/src/", RUST_SDK),
             ("guest-sdk/python", "", PYTHON_SDK),
             ("guest-sdk/js", "", JAVASCRIPT_SDK),
+            ("guest-sdk/c", "", C_SDK),
+            ("guest-sdk/go", "", GO_SDK),
             ("wit", "wit/", WIT),
             ("host/templates/rust", "", RUST),
             ("host/templates/python", "", PYTHON),
             ("host/templates/javascript", "", JAVASCRIPT),
             ("host/templates/typescript", "", TYPESCRIPT),
+            ("host/templates/c", "", C),
+            ("host/templates/go", "", GO),
         ] {
             let path = format!("{}/../{folder}", env!("CARGO_MANIFEST_DIR"));
             let mut listed: Vec<&str> = listed

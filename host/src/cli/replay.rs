@@ -7,9 +7,9 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::encode::read_component;
 use super::exit::Exit;
 use super::term;
-use crate::component;
 use crate::dlq::replay::{self, ReplayOutcome, Replayable, Report};
 use crate::guest::Step;
 use crate::model::base64_text;
@@ -87,7 +87,7 @@ impl Replay {
         };
         let recorded = component_in(&lines, &exported.attempt.digest);
         let wasm = match (&self.component, recorded) {
-            (Some(path), _) => component::read(path)?,
+            (Some(path), _) => read_component(path)?,
             (None, Some(wasm)) => wasm.to_vec(),
             (None, None) => {
                 return Err(Exit::Usage.with_message("the file does not contain the component"))

@@ -254,6 +254,33 @@ fn without_comments(text: &str) -> &str {
     }
 }
 
+/// Whether the bytes are a core module that can be made a component: bindings left a component
+/// description in it, or it exports a handler of messages.
+pub fn is_module_with_handler(wasm: &[u8]) -> bool {
+    let is_module = wasm
+        .strip_prefix(MAGIC)
+        .is_some_and(|rest| rest.starts_with(CORE_MODULE));
+    is_module && (describes_component(wasm) || module_world(wasm).is_some())
+}
+
+/// Whether bindings left a component description in a core module.
+pub fn describes_component(module: &[u8]) -> bool {
+    CoreModule::read(module).describes_component
+}
+
+/// The world of a core module that exports a handler of messages.
+pub fn module_world(wasm: &[u8]) -> Option<&'static str> {
+    let exports = CoreModule::read(wasm).exports;
+    let has = |name: &str| exports.iter().any(|export| export == name);
+    if has("oncely:worker/handler@0.1.0#handle") {
+        Some("worker")
+    } else if has("oncely:worker/batch-handler@0.1.0#handle-batch") {
+        Some("batch-worker")
+    } else {
+        None
+    }
+}
+
 /// The error for a core module, with a hint for the tool that probably built it.
 fn core_module(wasm: &[u8]) -> Error {
     let module = CoreModule::read(wasm);
@@ -293,6 +320,8 @@ fn core_module(wasm: &[u8]) -> Error {
 struct CoreModule {
     /// The modules it imports from.
     imports: Vec<String>,
+    /// The names it exports.
+    exports: Vec<String>,
     /// Whether bindings left a component description in it.
     describes_component: bool,
 }
@@ -308,6 +337,12 @@ impl CoreModule {
                     module
                         .imports
                         .extend(names.map(|import| import.module.to_owned()).take(100));
+                }
+                Ok(Payload::ExportSection(section)) => {
+                    let exports = section.into_iter().map_while(Result::ok);
+                    module
+                        .exports
+                        .extend(exports.map(|export| export.name.to_owned()).take(1_000));
                 }
                 Ok(Payload::CustomSection(section))
                     if section.name().starts_with("component-type") =>

@@ -6,13 +6,16 @@
 
 mod async_functions;
 mod code;
+mod debug_info;
 mod file;
 mod file_format;
 mod surface;
 
 pub use async_functions::is_async;
 pub use code::check_code;
+pub use debug_info::without_debug_sections;
 pub use file::read;
+pub use file_format::{describes_component, is_module_with_handler, module_world};
 pub use surface::{Handler, Surface};
 
 use anyhow::Result;

@@ -266,8 +266,8 @@ fn javascript_exception(lines: &[&str]) -> Option<String> {
     (!message.is_empty()).then(|| message.to_owned())
 }
 
-/// Finds the panic message in the log output: of a Rust or Go panic, or the exception of another
-/// language.
+/// Finds the panic message in the log output: of a Rust or Go panic, the exception of another
+/// language, or a failed assertion of C.
 fn panic_message(logs: &str) -> Option<String> {
     // A log entry of a handler is one line. A panic that the SDK logs has its line breaks escaped.
     let logs = logs.replace("\\n", "\n");
@@ -314,9 +314,19 @@ fn panic_message(logs: &str) -> Option<String> {
         };
         lines.iter().rev().find(is_error).copied()
     };
+    let assertion = || {
+        let mut newest = lines.iter().rev();
+        newest
+            .find(|line| begins(line, "Assertion failed: "))
+            .copied()
+    };
     let message = javascript_exception(&lines)
         .or_else(|| {
-            let found = rust.or_else(go).or_else(python).or_else(other);
+            let found = rust
+                .or_else(go)
+                .or_else(python)
+                .or_else(assertion)
+                .or_else(other);
             found.map(str::to_owned)
         })
         .filter(|message| !message.trim().is_empty())?;
@@ -379,6 +389,10 @@ mod tests {
         assert_eq!(
             words("panic: runtime error: index out of range [3]\n\ngoroutine 1 [running]:\n"),
             "runtime error: index out of range [3]"
+        );
+        assert_eq!(
+            words("x\nAssertion failed: cents > 0 (app.c: charge: 7)\n"),
+            "Assertion failed: cents > 0 (app.c: charge: 7)"
         );
         for none in [
             "",
