@@ -72,6 +72,22 @@ async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> 
         String::from_utf8_lossy(&tested.stderr)
     );
 
+    // So do its cases, in the component.
+    let tested = tokio::process::Command::new(guests::oncely()?)
+        .arg("test")
+        .current_dir(&folder)
+        .env("PATH", guests::tools_path())
+        .env("CARGO_TARGET_DIR", guests::target_dir()?.join("new"))
+        .env("GOFLAGS", &go_flags)
+        .output()
+        .await?;
+    let said = String::from_utf8_lossy(&tested.stdout);
+    ensure!(
+        tested.status.success() && said.contains("2 passed, 0 failed"),
+        "{said}{}",
+        String::from_utf8_lossy(&tested.stderr)
+    );
+
     // It is built and deployed, and a message has its effect and its output.
     let deployed = tokio::process::Command::new(guests::oncely()?)
         .args(["deploy", "orders"])

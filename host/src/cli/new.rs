@@ -170,6 +170,11 @@ const MIGRATIONS: &[File] = files! {
     "0001_orders.sql",
 };
 
+const CASES: &[File] = files! {
+    "host/templates/" => "tests/":
+    "orders.yaml",
+};
+
 impl Language {
     /// Its sources, in which `{{name}}` stands for the name of the worker.
     fn sources(self) -> &'static [File] {
@@ -318,7 +323,7 @@ impl New {
         create(&folder, &name, self.lang)?;
 
         term::data(format!(
-            "made the folder {name}. Next:\n  cd {name}\n  {}\n  oncely dev\n  \
+            "made the folder {name}. Next:\n  cd {name}\n  {}\n  oncely test\n  oncely dev\n  \
              oncely publish {name}.new '{{\"id\": \"o1\", \"cents\": 500}}'",
             self.lang.first_commands()
         ))?;
@@ -364,7 +369,7 @@ fn create(folder: &Path, name: &str, language: Language) -> Result<()> {
         return Err(anyhow!("{} exists and is not empty", folder.display()))
             .hint("choose another name, or remove the folder");
     }
-    for (path, contents) in language.sources() {
+    for (path, contents) in language.sources().iter().chain(CASES) {
         let contents = contents
             .replace("{{name}}", name)
             .replace("{{NAME}}", &name.to_uppercase())
