@@ -277,3 +277,94 @@ both!(requests_reach_a_handler_of_wasi_3, |kind| async move {
     );
     Ok(())
 });
+
+// Totals and notices are right although the host is killed and each order is published twice.
+both!(
+    a_jetstream_handler_of_wasmcloud_counts_right_under_kills,
+    |kind| async move {
+        let manifest = manifest_of(&guests::nats_component()?, QUICK_RETRIES);
+        let mut world = World::start(kind, &manifest).await?;
+        let orders = 200;
+        for part in 0..4 {
+            let mut messages = Vec::new();
+            for n in part * 50..(part + 1) * 50 {
+                let body = format!("account-{}:{}", n % 3, n + 1);
+                for _ in 0..2 {
+                    messages.push(message("in.order", &format!("o{n}"), &body));
+                }
+            }
+            world.nats.publish_all(messages).await?;
+            if part < 3 {
+                let handled = "select count(*) from oncely.inbox where state = 'done'";
+                world.until_at_least(handled, part * 50 + 5).await?;
+                world.kill_host()?;
+                world.start_host().await?;
+            }
+        }
+        done(&world, orders).await?;
+
+        // Each order is in its total once, and each total was sent once.
+        for account in 0..3 {
+            let sum: i64 = (0..orders)
+                .filter(|n| n % 3 == account)
+                .map(|n| n + 1)
+                .sum();
+            let key = format!("totals/account-{account}");
+            let state = world.oncely(&["state", "get", "test", &key]).await?;
+            ensure!(state.contains(&sum.to_string()), "{state} is not {sum}");
+        }
+        let sent = world
+            .eventually("200 totals", || async {
+                let stored = world.nats.read_stream("OUT").await?;
+                Ok((stored.len() >= 200).then_some(stored))
+            })
+            .await?;
+        assert_eq!(sent.len(), 200);
+        let account = sent
+            .first()
+            .and_then(|stored| stored.headers.get("Account"));
+        ensure!(account.is_some_and(|account| account.starts_with("account-")));
+        Ok(())
+    }
+);
+
+both!(
+    acknowledgements_of_a_jetstream_handler_are_verdicts,
+    |kind| async move {
+        let manifest = manifest_of(&guests::nats_component()?, QUICK_RETRIES);
+        let world = World::start(kind, &manifest).await?;
+        world
+            .nats
+            .publish_all(vec![
+                message("in.nak", "nak", "n:1"),
+                message("in.term", "term", "t:1"),
+                message("in.request", "request", ""),
+                message("in.keys", "keys", ""),
+            ])
+            .await?;
+        done(&world, 2).await?;
+        dead(&world, 2).await?;
+        let dead = dead_letters(&world).await?;
+        ensure!(
+            dead[0][1].contains("core.request is not available"),
+            "{dead:?}"
+        );
+        ensure!(dead[1][1].contains("terminated"), "{dead:?}");
+        let keys = world
+            .eventually("the keys", || async {
+                let stored = world.nats.read_stream("OUT").await?;
+                let mut keys = stored.into_iter().filter(|one| one.subject == "out.keys");
+                Ok(keys
+                    .next()
+                    .map(|one| String::from_utf8_lossy(&one.body).into_owned()))
+            })
+            .await?;
+        assert_eq!(keys, r#"["a", "c"] false 1 true true true"#);
+        let listed = world.oncely(&["state", "list", "test"]).await?;
+        ensure!(
+            listed.contains("totals/n") && !listed.contains("totals/t"),
+            "{listed}"
+        );
+        Ok(())
+    }
+);

@@ -31,6 +31,12 @@ pub fn messaging_component() -> Result<PathBuf> {
     build_once(&BUILT, "tests/messaging-guest")
 }
 
+/// The component of `tests/nats-guest`, which is made for wasmCloud's interfaces of NATS.
+pub fn nats_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    build_once(&BUILT, "tests/nats-guest")
+}
+
 /// The component of `tests/async-guest`, whose handler is an async function.
 pub fn async_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();

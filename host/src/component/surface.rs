@@ -10,6 +10,7 @@ use crate::model::hint::WithHint;
 const HANDLER: &str = "oncely:worker/handler@0.1.0";
 const ASYNC_HANDLER: &str = "oncely:worker/async-handler@0.1.0";
 const BATCH_HANDLER: &str = "oncely:worker/batch-handler@0.1.0";
+const NATS_HANDLER: &str = "wasmcloud:nats/jetstream-handler@0.1.";
 const MESSAGING_HANDLER: &str = "wasmcloud:messaging/handler@0.2.0";
 /// Any patch version.
 const HTTP_HANDLER: &str = "wasi:http/incoming-handler@0.2.";
@@ -19,7 +20,7 @@ const ASYNC_HTTP_HANDLER: &str = "wasi:http/handler@0.3.";
 fn known_handlers(last: &str) -> String {
     format!(
         "`{HANDLER}`, `{ASYNC_HANDLER}`, `{BATCH_HANDLER}`, `{MESSAGING_HANDLER}`, \
-         `{HTTP_HANDLER}x` {last} `{ASYNC_HTTP_HANDLER}x`"
+         `{NATS_HANDLER}x`, `{HTTP_HANDLER}x` {last} `{ASYNC_HTTP_HANDLER}x`"
     )
 }
 
@@ -35,7 +36,7 @@ struct Package {
 /// Everything that a component may import: Oncely's interfaces, and the parts of WASI that language
 /// runtimes need. WASI provides only a clock, random numbers and the log; every call to files,
 /// sockets or other servers is denied.
-const IMPORTABLE: [Package; 21] = [
+const IMPORTABLE: [Package; 22] = [
     Package {
         name: "oncely:worker",
         version: "0.1.",
@@ -131,6 +132,11 @@ const IMPORTABLE: [Package; 21] = [
         ],
     },
     Package {
+        name: "wasmcloud:nats",
+        version: "0.1.",
+        interfaces: &["types", "core", "jetstream", "kv"],
+    },
+    Package {
         name: "wasi:cli",
         version: "0.3.",
         interfaces: &[
@@ -185,6 +191,8 @@ pub enum Handler {
     Batch,
     /// Called with one message at a time, as wasmCloud does.
     Messaging,
+    /// Called with one message at a time, as wasmCloud does for NATS.
+    Nats,
     /// Answers requests over HTTP, and handles no messages.
     Http,
     /// Answers requests over HTTP as WASI 0.3 defines it.
@@ -256,6 +264,7 @@ impl Surface {
             "worker/async-handler",
             "worker/batch-handler",
             "wasmcloud:messaging/handler",
+            "wasmcloud:nats/jetstream-handler",
             "wasi:http/incoming-handler",
             "wasi:http/handler",
         ];
@@ -271,6 +280,7 @@ impl Surface {
             [ASYNC_HANDLER] => Ok(Handler::AsyncMessage),
             [BATCH_HANDLER] => Ok(Handler::Batch),
             [MESSAGING_HANDLER] => Ok(Handler::Messaging),
+            [nats] if nats.starts_with(NATS_HANDLER) => Ok(Handler::Nats),
             [http] if http.starts_with(HTTP_HANDLER) => Ok(Handler::Http),
             [http] if http.starts_with(ASYNC_HTTP_HANDLER) => Ok(Handler::AsyncHttp),
             [] => Err(self.missing_handler()),

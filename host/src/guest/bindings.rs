@@ -20,6 +20,7 @@ wasmtime::component::bindgen!({
 pub mod others {
     wasmtime::component::bindgen!({
         path: "wit",
+        world: "oncely:others/others",
         imports: { default: async | trappable },
         exports: { default: async },
         with: {
@@ -44,6 +45,21 @@ pub mod async_worker {
         exports: { default: async | store },
         with: {
             "oncely:worker/types@0.1.0": super::oncely::worker::types,
+        },
+    });
+}
+
+/// The interfaces of wasmCloud for NATS, whose functions are async.
+pub mod nats {
+    wasmtime::component::bindgen!({
+        path: "wit",
+        world: "oncely:others/nats",
+        imports: { default: async | trappable },
+        exports: { default: async | store },
+        with: {
+            "wasmcloud:nats/jetstream@0.1.0.message-handle": crate::guest::bucket::MessageHandle,
+            "wasmcloud:nats/jetstream@0.1.0.pull-consumer": crate::guest::bucket::PullConsumer,
+            "wasmcloud:nats/kv@0.1.0.bucket": crate::guest::bucket::Bucket,
         },
     });
 }

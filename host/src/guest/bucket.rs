@@ -1,4 +1,4 @@
-//! The resources of `wasi:keyvalue` that a guest holds.
+//! The resources of other hosts' interfaces that a guest holds.
 
 /// An open bucket.
 pub struct Bucket {
@@ -13,3 +13,9 @@ pub struct Cas {
     pub version: Option<u64>,
     pub value: Option<Vec<u8>>,
 }
+
+/// The message of `wasmcloud:nats` that a handler receives: the one of its call.
+pub struct MessageHandle;
+
+/// A consumer that a guest reads from. Hosts provide none.
+pub enum PullConsumer {}

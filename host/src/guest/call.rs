@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use wasmtime::component::{Accessor, Instance};
 use wasmtime::{Store, Trap, UpdateDeadline};
+use wasmtime_wasi::WasiView;
 
 use super::bindings::oncely::worker::types as wit;
+use super::bucket::MessageHandle;
 use super::component::{Entry, Guest};
 use super::failure::{
     CallFailure, HandlerResult, check_result_count, doomed_failure, failure_from_text,
@@ -175,6 +177,15 @@ impl Guest {
                     handler.call_handle(accessor, message).await
                 };
                 vec![store.run_concurrent(call).await??]
+            }
+            Entry::Nats(indices) => {
+                let handle = store.data_mut().ctx().table.push(MessageHandle)?;
+                let handler = indices.load(&mut *store, &*instance)?;
+                let call = async |accessor: &Accessor<CallState>| {
+                    handler.call_handle_message(accessor, handle).await
+                };
+                let result = store.run_concurrent(call).await??;
+                return Ok(vec![result.map_err(failure_from_text)]);
             }
             Entry::Handler(indices) => {
                 let message = messages.pop().ok_or_else(no_message)?;

@@ -10,6 +10,7 @@ use wasmtime_wasi_http::p3::bindings::exports::wasi::http::handler as async_http
 use super::bindings::AnyWorker;
 use super::bindings::async_worker::exports::oncely::worker::async_handler;
 use super::bindings::exports::oncely::worker::{batch_handler, handler};
+use super::bindings::nats::exports::wasmcloud::nats::jetstream_handler;
 use super::bindings::others;
 use super::bindings::others::exports::wasmcloud::messaging::handler as messaging_handler;
 use super::engine::{GuestEngine, blocking};
@@ -32,6 +33,7 @@ pub(super) enum Entry {
     Messaging(messaging_handler::GuestIndices),
     Http(incoming_handler::GuestIndices),
     AsyncHandler(async_handler::GuestIndices),
+    Nats(jetstream_handler::GuestIndices),
     AsyncHttp(async_http::GuestIndices),
 }
 
@@ -59,6 +61,7 @@ impl Guest {
             Handler::AsyncMessage => {
                 async_handler::GuestIndices::new(&pre).map(Entry::AsyncHandler)
             }
+            Handler::Nats => jetstream_handler::GuestIndices::new(&pre).map(Entry::Nats),
             Handler::AsyncHttp => async_http::GuestIndices::new(&pre).map(Entry::AsyncHttp),
             Handler::Batch => batch_handler::GuestIndices::new(&pre).map(Entry::BatchHandler),
             Handler::Messaging => messaging_handler::GuestIndices::new(&pre).map(Entry::Messaging),
@@ -88,6 +91,7 @@ impl Guest {
             Entry::Http(_) => Handler::Http,
             Entry::AsyncHandler(_) => Handler::AsyncMessage,
             Entry::AsyncHttp(_) => Handler::AsyncHttp,
+            Entry::Nats(_) => Handler::Nats,
         }
     }
 

@@ -6,34 +6,29 @@
 use std::time::Duration;
 
 use wasmtime::Result;
-use wasmtime::component::{Accessor, HasData, Linker};
+use wasmtime::component::{Accessor, Linker};
 use wasmtime_wasi::p2::bindings::{clocks as clocks2, random as random2};
 use wasmtime_wasi::p3::bindings::clocks::{monotonic_clock, system_clock, types};
 use wasmtime_wasi::p3::bindings::random::{insecure, insecure_seed, random};
 
+use super::bindings::nats;
+use super::imports::AsyncHost;
 use super::record::{HostCall, HostResult};
 use super::state::CallState;
 
-/// Access of async imports to the state of their call.
-struct Host;
-
-impl HasData for Host {
-    type Data<'a> = &'a mut CallState;
-}
-
-/// Links WASI 0.3 and its HTTP.
+/// Links WASI 0.3 and its HTTP, and other interfaces with async functions.
 pub(super) fn add_to_linker(linker: &mut Linker<CallState>) -> Result<()> {
     wasmtime_wasi::p3::add_to_linker(linker)?;
     wasmtime_wasi_http::p3::add_to_linker(linker)?;
     linker.allow_shadowing(true);
-    types::add_to_linker::<_, Host>(linker, |state| state)?;
-    system_clock::add_to_linker::<_, Host>(linker, |state| state)?;
-    monotonic_clock::add_to_linker::<_, Host>(linker, |state| state)?;
-    random::add_to_linker::<_, Host>(linker, |state| state)?;
-    insecure::add_to_linker::<_, Host>(linker, |state| state)?;
-    insecure_seed::add_to_linker::<_, Host>(linker, |state| state)?;
+    types::add_to_linker::<_, AsyncHost>(linker, |state| state)?;
+    system_clock::add_to_linker::<_, AsyncHost>(linker, |state| state)?;
+    monotonic_clock::add_to_linker::<_, AsyncHost>(linker, |state| state)?;
+    random::add_to_linker::<_, AsyncHost>(linker, |state| state)?;
+    insecure::add_to_linker::<_, AsyncHost>(linker, |state| state)?;
+    insecure_seed::add_to_linker::<_, AsyncHost>(linker, |state| state)?;
     linker.allow_shadowing(false);
-    Ok(())
+    nats::Nats::add_to_linker::<_, AsyncHost>(linker, |state| state)
 }
 
 impl types::Host for CallState {}
@@ -63,7 +58,7 @@ impl monotonic_clock::Host for CallState {
     }
 }
 
-impl<U: Send> monotonic_clock::HostWithStore<U> for Host {
+impl<U: Send> monotonic_clock::HostWithStore<U> for AsyncHost {
     async fn wait_until(accessor: &Accessor<U, Self>, when: monotonic_clock::Mark) -> Result<()> {
         let left = accessor.with(|mut state| when.saturating_sub(state.get().elapsed()));
         wait(accessor, left).await
@@ -75,7 +70,7 @@ impl<U: Send> monotonic_clock::HostWithStore<U> for Host {
 }
 
 /// Waits for some nanoseconds. A playback does not wait.
-async fn wait<U: Send>(accessor: &Accessor<U, Host>, duration: u64) -> Result<()> {
+async fn wait<U: Send>(accessor: &Accessor<U, AsyncHost>, duration: u64) -> Result<()> {
     let recorded = accessor.with(|mut state| -> Result<Option<HostResult>> {
         let recorder = &mut state.get().call.recorder;
         let recorded = recorder.begin_call(0, || HostCall::Wait)?;

@@ -22,9 +22,18 @@ const DEFAULT_BUCKET: &str = "default";
 const PAGE: u32 = 500;
 
 /// Why an operation failed.
-enum Error {
+pub(super) enum Error {
     NoSuchStore,
     Other(String),
+}
+
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Error::NoSuchStore => f.write_str("there is no such bucket"),
+            Error::Other(why) => f.write_str(why),
+        }
+    }
 }
 
 type Outcome<T> = wasmtime::Result<Result<T, Error>>;
@@ -70,7 +79,7 @@ impl From<Error> for draft2::store::Error {
 }
 
 impl CallState {
-    fn open_bucket(
+    pub(super) fn open_bucket(
         &mut self,
         identifier: &str,
     ) -> wasmtime::Result<Result<Resource<Bucket>, Error>> {
@@ -87,7 +96,11 @@ impl CallState {
         Ok(Ok(self.ctx().table.push(Bucket { prefix })?))
     }
 
-    fn key_of(&mut self, bucket: &Resource<Bucket>, key: &str) -> wasmtime::Result<String> {
+    pub(super) fn key_of(
+        &mut self,
+        bucket: &Resource<Bucket>,
+        key: &str,
+    ) -> wasmtime::Result<String> {
         let bucket = self.ctx().table.get(bucket)?;
         Ok(format!("{}{key}", bucket.prefix))
     }
@@ -148,7 +161,7 @@ impl CallState {
     }
 
     /// A page of the keys of a bucket, and the key after which the next page begins.
-    async fn page(
+    pub(super) async fn page(
         &mut self,
         bucket: &Resource<Bucket>,
         after: Option<String>,

@@ -8,6 +8,7 @@
 use std::time::Instant;
 
 use wasmtime::Trap;
+use wasmtime::component::HasData;
 
 use super::bindings::oncely::worker::{invocation, types};
 use super::bindings::wasi::logging::logging;
@@ -21,12 +22,20 @@ mod cache;
 mod config;
 mod keyvalue;
 pub(super) mod messaging;
+mod nats;
 mod outbox;
 mod sql;
 mod state;
 
 /// Error for a read-only request that tries to change something.
 const READ_ONLY_REQUEST: &str = "a GET, HEAD or OPTIONS request is read-only";
+
+/// Access of async functions to the state of their call.
+pub(super) struct AsyncHost;
+
+impl HasData for AsyncHost {
+    type Data<'a> = &'a mut CallState;
+}
 
 impl CallState {
     /// Dooms the delivery. The first failure wins.

@@ -132,6 +132,11 @@ impl CallState {
     }
 }
 
+/// Whether a key can be in the state.
+pub(super) fn is_valid_key(key: &str) -> bool {
+    check_key(key).is_ok()
+}
+
 fn check_key(key: &str) -> Result<(), state::Error> {
     if key.is_empty() || key.len() > EVENT_ID_MAX || key.contains('\0') {
         return Err(state::Error::InvalidKey(format!(
