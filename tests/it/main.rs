@@ -61,6 +61,7 @@ mod packaging;
 mod redrive;
 mod replay;
 mod restores;
+mod schemas;
 mod store;
 mod takeover;
 mod tidy;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::config::manifest::{
     Isolation, Limits, Manifest, OnFailure, OrderingKey, Route, Source, StateKey, Stream, Worker,
-    WorkerEntry, routes,
+    WorkerEntry, routes, schemas,
 };
 use crate::config::toml_text::{Located, Section, Text};
 use crate::model::alarm::Thresholds;
@@ -16,7 +16,7 @@ use crate::model::subject::{check_pattern, covers, is_reserved, overlaps};
 
 pub(super) const MANIFEST_KEYS: [&str; 2] = ["stream", "worker"];
 pub(super) const STREAM_KEYS: [&str; 3] = ["name", "subjects", "max_age"];
-pub(super) const WORKER_KEYS: [&str; 20] = [
+pub(super) const WORKER_KEYS: [&str; 21] = [
     "name",
     "crate",
     "component",
@@ -37,6 +37,7 @@ pub(super) const WORKER_KEYS: [&str; 20] = [
     "limits",
     "alarm",
     "config",
+    "schema",
 ];
 pub(super) const ALARM_KEYS: [&str; 8] = [
     "dead_letters",
@@ -199,7 +200,9 @@ fn worker(
         limits: limits(section)?,
         alarm: alarm(section)?,
         config: section.pairs("config", "[worker.config]")?,
+        schemas: schemas::schemas(text, section, folder)?,
     };
+    schemas::check_subjects(text, section, &worker, &manifest.streams)?;
     let migrations = section
         .text("migrations", "\"migrations\"", check_path)?
         .map(|path| folder.join(path.value));
@@ -596,7 +599,7 @@ fn check_overlap(
     Ok(())
 }
 
-fn required(
+pub(super) fn required(
     section: &Section<'_>,
     key: &str,
     example: &str,
@@ -652,7 +655,7 @@ fn check_stream_name(name: &str) -> Result<(), String> {
 }
 
 /// Checks a subject pattern that is reserved neither by the broker nor by the platform.
-fn check_own_pattern(pattern: &str) -> Result<(), String> {
+pub(super) fn check_own_pattern(pattern: &str) -> Result<(), String> {
     check_pattern(pattern)?;
     if is_reserved(pattern) {
         Err(format!("`{pattern}` is reserved for NATS or Oncely"))
@@ -661,7 +664,7 @@ fn check_own_pattern(pattern: &str) -> Result<(), String> {
     }
 }
 
-fn check_path(path: &str) -> Result<(), String> {
+pub(super) fn check_path(path: &str) -> Result<(), String> {
     if path.trim().is_empty() {
         Err("it is empty".to_owned())
     } else {

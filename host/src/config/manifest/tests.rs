@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use super::parse::{ALARM_KEYS, LIMITS_KEYS, MANIFEST_KEYS, RETRY_KEYS, STREAM_KEYS, WORKER_KEYS};
 use super::routes::ROUTE_KEYS;
+use super::schemas::SCHEMA_KEYS;
 use super::*;
 use crate::model::hint::hints;
 use crate::model::retry::OnDeterministicFailure;
@@ -620,7 +621,7 @@ fn a_missing_manifest_is_reported_with_its_path() {
 #[test]
 fn every_manifest_key_is_in_the_reference() {
     let reference = include_str!("../../../../docs/manifest.md");
-    let sections: [(&str, &[&str]); 7] = [
+    let sections: [(&str, &[&str]); 8] = [
         ("## The file", &MANIFEST_KEYS),
         ("## `[[stream]]`", &STREAM_KEYS),
         ("## `[[worker]]`", &WORKER_KEYS),
@@ -628,6 +629,7 @@ fn every_manifest_key_is_in_the_reference() {
         ("## `[worker.limits]`", &LIMITS_KEYS),
         ("## `[[worker.route]]`", &ROUTE_KEYS),
         ("## `[worker.alarm]`", &ALARM_KEYS),
+        ("## `[[worker.schema]]`", &SCHEMA_KEYS),
     ];
     for (heading, keys) in sections {
         let section = reference

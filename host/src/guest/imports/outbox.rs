@@ -104,6 +104,11 @@ impl CallState {
             delay,
         };
         self.check_size(&output)?;
+        worker
+            .check_schema(&output.subject, &output.headers, &output.body)
+            .map_err(|why| {
+                outbox::Error::Other(format!("the output to `{}`: {why}", output.subject))
+            })?;
         Ok(output)
     }
 
