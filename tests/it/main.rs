@@ -31,6 +31,7 @@ mod cache;
 mod cases;
 mod cli;
 mod client;
+mod cloudevents;
 mod compile;
 mod conformance;
 mod crash;

@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
-use crate::model::alarm::Thresholds;
 use crate::config::schema;
+use crate::model::alarm::Thresholds;
 use crate::model::hint::WithHint;
 use crate::model::message::{Headers, Message};
 use crate::model::retry::RetryPolicy;
@@ -17,12 +17,14 @@ use crate::model::sql::SqlLimits;
 use crate::model::subject;
 use crate::model::units;
 
+mod cloud_events;
 mod migrations;
 mod parse;
 mod routes;
 mod schemas;
 mod state_keys;
 
+pub use cloud_events::{CloudEvents, CloudEventsMode};
 pub use migrations::WorkerMigration;
 pub use parse::check_worker_name;
 pub use routes::{CachePolicy, CacheScope, KeyRule, Route, StoreFailures};
@@ -138,6 +140,9 @@ pub struct Worker {
     /// The JSON Schemas of its messages and outputs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub schemas: Vec<SubjectSchema>,
+    /// The attributes of its outputs, if they are CloudEvents.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloudevents: Option<CloudEvents>,
 }
 
 /// `[worker.limits]`: the limits of one attempt. Exceeding one fails only that attempt.

@@ -88,7 +88,7 @@ impl CallState {
             .iter()
             .filter(|output| output.event_id == cause.event_id)
             .count();
-        let output = Output {
+        let mut output = Output {
             kind: if outgoing.id.is_some() {
                 OutputKind::Chosen
             } else {
@@ -109,6 +109,10 @@ impl CallState {
             .map_err(|why| {
                 outbox::Error::Other(format!("the output to `{}`: {why}", output.subject))
             })?;
+        if let Some(events) = &worker.cloudevents {
+            events.apply(&mut output, self.call.now);
+            self.check_size(&output)?;
+        }
         Ok(output)
     }
 
