@@ -26,6 +26,9 @@ const EXPLAIN_STEPS_MAX: u32 = 10_000;
 /// The stack that references may use, in bytes. A handler's stack has 2 MiB.
 const STACK_MAX: usize = 256 << 10;
 
+/// The stack of the thread that compiles a schema, in bytes. Most of it is never touched.
+const COMPILER_STACK: usize = 64 << 20;
+
 /// The memory of a compiled pattern, in bytes.
 const PATTERN_SIZE_MAX: usize = 1 << 20;
 
@@ -51,7 +54,15 @@ pub struct SubjectSchema {
 
 /// The compiled schema, shared by all clones. It follows from the text.
 #[derive(Debug, Clone, Default)]
-struct Compiled(Arc<OnceLock<Result<Validator, String>>>);
+struct Compiled(Arc<OnceLock<Result<CompiledSchema, String>>>);
+
+/// A schema whose references are counted.
+#[derive(Debug)]
+struct CompiledSchema {
+    validator: Validator,
+    /// Whether the search for the field that does not fit is bounded, too.
+    is_explained: bool,
+}
 
 impl PartialEq for Compiled {
     fn eq(&self, _: &Self) -> bool {
@@ -81,8 +92,22 @@ impl SubjectSchema {
     ///
     /// # Errors
     /// The defect of the schema and its place, as a clause without a full stop.
-    pub fn compile(&self) -> Result<&Validator, String> {
-        let compiled = self.compiled.0.get_or_init(|| compile(&self.text));
+    pub fn compile(&self) -> Result<(), String> {
+        self.compiled().map(drop)
+    }
+
+    fn compiled(&self) -> Result<&CompiledSchema, String> {
+        let compiled = self.compiled.0.get_or_init(|| {
+            // The compiler recurses along references.
+            std::thread::scope(|scope| {
+                let compiler = std::thread::Builder::new().stack_size(COMPILER_STACK);
+                let compiled = compiler.spawn_scoped(scope, || compile(&self.text));
+                let compiled =
+                    compiled.map_err(|error| format!("no thread to compile it: {error}"));
+                let panicked = |_| Err("its compiler panicked".to_owned());
+                compiled?.join().unwrap_or_else(panicked)
+            })
+        });
         compiled.as_ref().map_err(Clone::clone)
     }
 
@@ -91,8 +116,11 @@ impl SubjectSchema {
     /// # Errors
     /// The field, the rule and the value, as a sentence without a full stop.
     fn check(&self, value: &Value) -> Result<(), String> {
-        let validator = self
-            .compile()
+        let CompiledSchema {
+            validator,
+            is_explained,
+        } = self
+            .compiled()
             .map_err(|why| format!("the schema {} is invalid: {why}", self.file))?;
         let (fits, exhausted) = Work::bounded(STEPS_MAX, || validator.is_valid(value));
         if exhausted {
@@ -104,11 +132,13 @@ impl SubjectSchema {
         if fits {
             return Ok(());
         }
-        let (error, exhausted) = Work::bounded(EXPLAIN_STEPS_MAX, || validator.validate(value));
-        Err(match error {
-            Err(error) if !exhausted => self.describe(&error),
-            _ => format!("the message does not fit {}", self.file),
-        })
+        if *is_explained {
+            let (error, exhausted) = Work::bounded(EXPLAIN_STEPS_MAX, || validator.validate(value));
+            if let (Err(error), false) = (error, exhausted) {
+                return Err(self.describe(&error));
+            }
+        }
+        Err(format!("the message does not fit {}", self.file))
     }
 
     fn describe(&self, error: &ValidationError<'_>) -> String {
@@ -148,7 +178,7 @@ pub fn check(
     schemas.try_for_each(|schema| schema.check(&data))
 }
 
-fn compile(text: &str) -> Result<Validator, String> {
+fn compile(text: &str) -> Result<CompiledSchema, String> {
     if text.len() > SCHEMA_SIZE_MAX {
         return Err(format!(
             "it has {} bytes; at most {SCHEMA_SIZE_MAX} are allowed",
@@ -171,12 +201,34 @@ fn compile(text: &str) -> Result<Validator, String> {
 
     // The schema as it is, for errors with its own places. Then the one with counted references.
     options.build(&schema).map_err(|error| defect(&error))?;
-    let drops_siblings = schema
-        .get("$schema")
-        .and_then(Value::as_str)
-        .is_some_and(|draft| draft.contains("/draft-0"));
-    let counted = count_references(schema, drops_siblings);
-    options.build(&counted).map_err(|error| defect(&error))
+    let draft = Draft::of(&schema);
+    let counted = count_references(schema.clone(), draft);
+    let has_references = counted != schema;
+    let validator = options.build(&counted).map_err(|error| defect(&error))?;
+    Ok(CompiledSchema {
+        validator,
+        is_explained: draft.has_if || !has_references,
+    })
+}
+
+/// The differences between the drafts of JSON Schema that matter to references.
+#[derive(Debug, Clone, Copy)]
+struct Draft {
+    /// Whether a reference stands alone: its siblings are no rules. So it was before 2019-09.
+    drops_siblings: bool,
+    /// Whether the keyword `if` exists. Draft 7 introduced it.
+    has_if: bool,
+}
+
+impl Draft {
+    fn of(schema: &Value) -> Self {
+        let draft = schema.get("$schema").and_then(Value::as_str);
+        let is = |name: &str| draft.is_some_and(|draft| draft.contains(name));
+        Draft {
+            drops_siblings: is("/draft-0"),
+            has_if: !is("/draft-0") || is("/draft-07"),
+        }
+    }
 }
 
 /// The defect of a schema, with its place.
@@ -189,9 +241,7 @@ fn defect(error: &ValidationError<'_>) -> String {
 }
 
 /// Inserts the keyword that counts in front of every reference.
-///
-/// Before draft 2019-09, a reference stands alone: its siblings are no rules.
-fn count_references(schema: Value, drops_siblings: bool) -> Value {
+fn count_references(schema: Value, draft: Draft) -> Value {
     const REFERENCES: [&str; 3] = ["$ref", "$dynamicRef", "$recursiveRef"];
     const DATA: [&str; 4] = ["const", "enum", "default", "examples"];
     const NAMED: [&str; 6] = [
@@ -202,7 +252,7 @@ fn count_references(schema: Value, drops_siblings: bool) -> Value {
         "dependentSchemas",
         "dependencies",
     ];
-    let below = |value| count_references(value, drops_siblings);
+    let below = |value| count_references(value, draft);
     let named = |value| match value {
         Value::Object(members) => {
             let members = members.into_iter();
@@ -216,7 +266,7 @@ fn count_references(schema: Value, drops_siblings: bool) -> Value {
         other => return other,
     };
     let is_reference = |key: &str, value: &Value| REFERENCES.contains(&key) && (value.is_string());
-    let is_alone = drops_siblings
+    let is_alone = draft.drops_siblings
         && members
             .iter()
             .any(|(key, value)| key == "$ref" && value.is_string());
@@ -239,9 +289,14 @@ fn count_references(schema: Value, drops_siblings: bool) -> Value {
         }
     }
     if !references.is_empty() {
-        // In a group of its own, whose order the validator keeps.
-        references.insert(0, json!({ STEP_KEYWORD: true }));
-        let group = json!({ "allOf": references });
+        // An exhausted check skips the references. Drafts before 7 have no `if`, and there only a
+        // check that stops at the first error skips them.
+        let group = if draft.has_if {
+            json!({ "if": { STEP_KEYWORD: true }, "then": { "allOf": references }, "else": false })
+        } else {
+            references.insert(0, json!({ STEP_KEYWORD: true }));
+            json!({ "allOf": references })
+        };
         match counted.entry("allOf").or_insert_with(|| json!([])) {
             Value::Array(groups) => groups.push(group),
             other => *other = json!([group]),
@@ -440,7 +495,14 @@ mod tests {
         let began = std::time::Instant::now();
         mismatch(double, &deep(100));
         // A reference to itself, and a long chain of references.
-        mismatch(r##"{"$ref": "#"}"##, "1");
+        assert!(fits(r##"{"$ref": "#"}"##, "1"));
+        let old = double.replacen(
+            '{',
+            r#"{"$schema": "http://json-schema.org/draft-04/schema#", "#,
+            1,
+        );
+        assert!(mismatch(&old, &deep(12)).ends_with("does not fit s.json"));
+        mismatch(&old, &deep(100));
         let chain: Vec<String> = (0..4_000)
             .map(|n| format!(r##""d{n}": {{"$ref": "#/$defs/d{}"}}"##, n + 1))
             .collect();
