@@ -130,7 +130,9 @@ impl Delivery {
         savepoints: Savepoints,
     ) -> Result<BatchResult, StoreError> {
         let mut run = BatchRun::new(savepoints);
-        let mut groups = self.group_items(item::distinct(batch, &self.worker));
+        let mut items = item::distinct(batch, &self.worker);
+        self.check_schemas(&mut items);
+        let mut groups = self.group_items(items);
         while let Some(group) = groups.pop_front() {
             let mut group = run.runnable(group);
             if group.is_empty() {
@@ -209,7 +211,7 @@ impl Delivery {
             group.iter_mut().filter(|item| item.is_pending()).collect();
 
         // Take out the messages that do not fit their schema.
-        fresh.iter_mut().for_each(|item| self.check_schema(item));
+        fresh.iter_mut().for_each(|item| self.reject_mismatch(item));
         let mut runnable: Vec<&mut BatchItem> = fresh
             .iter_mut()
             .filter(|item| item.is_pending())

@@ -17,10 +17,17 @@ pub(crate) fn schema_mismatch(worker: &Worker, message: &Message) -> Option<Call
 }
 
 impl Delivery {
-    /// Gives a message that does not fit its schema its verdict. Its claim is released with those
-    /// of failed items. It has no attempt, so it costs other messages nothing.
-    pub(super) fn check_schema(&self, item: &mut BatchItem) {
-        let Some(failure) = schema_mismatch(&self.worker, &item.message) else {
+    /// Checks all items before their transaction begins, once for all of their runs.
+    pub(super) fn check_schemas(&self, items: &mut [BatchItem]) {
+        for item in items {
+            item.mismatch = schema_mismatch(&self.worker, &item.message);
+        }
+    }
+
+    /// Gives a fresh message that does not fit its schema its verdict. Its claim is released with
+    /// those of failed items. It has no attempt, so it costs other messages nothing.
+    pub(super) fn reject_mismatch(&self, item: &mut BatchItem) {
+        let Some(failure) = item.mismatch.take() else {
             return;
         };
         let dead_letter = DeadLetter {
