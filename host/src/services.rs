@@ -84,6 +84,7 @@ impl Services {
     pub async fn prepare(&self, deployment: &DeploymentRecord) -> Result<Delivery> {
         let worker: Worker = serde_json::from_str(&deployment.manifest)
             .context("parse the deployment's manifest")?;
+        worker.compile_schemas()?;
         let wasm = self
             .store
             .component(&deployment.digest)

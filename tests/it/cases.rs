@@ -142,6 +142,43 @@ fn a_difference_fails_and_is_accepted_by_update() -> Result<()> {
 }
 
 #[test]
+fn a_case_checks_schemas() -> Result<()> {
+    let folder = project(
+        r#"
+[[worker.schema]]
+subject = "in.x"
+file = "order.json"
+[[worker.schema]]
+subject = "out.*"
+file = "out.json"
+"#,
+        r#"
+cases:
+  - name: schemas
+    messages:
+      - {subject: in.x, headers: {do: emit}, body: {n: 1}}
+      - {subject: in.x, headers: {do: emit}, body: {n: many}}
+      - {subject: in.x, headers: {do: emit}, body: {n: 3}}
+    expect:
+      results:
+        - done
+        - reject: {code: schema}
+        - output-refused: {code: output-refused}
+      outputs: [{subject: out.x, body: 0}]
+      rows: {}
+"#,
+    )?;
+    let input = r#"{"properties": {"n": {"type": "integer"}}}"#;
+    std::fs::write(folder.path().join("order.json"), input)?;
+    std::fs::write(folder.path().join("out.json"), r#"{"maximum": 1}"#)?;
+    let (code, text) = test(folder.path(), &[])?;
+    ensure!(code == 0, "{text}");
+    let (code, text) = test(folder.path(), &["--torture"])?;
+    ensure!(code == 0, "{text}");
+    Ok(())
+}
+
+#[test]
 fn torture_finds_memory_that_messages_share() -> Result<()> {
     let folder = project(
         r#"isolation = "batch""#,

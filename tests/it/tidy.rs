@@ -57,6 +57,7 @@ fn each_outside_library_has_one_module() -> Result<()> {
         ("nkeys", &["bus"]),
         ("moka", &["cache"]),
         ("redis", &["cache"]),
+        ("jsonschema", &["config"]),
     ];
     for (path, text) in sources(&host)? {
         let module = module(&host, &path);

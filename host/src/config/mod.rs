@@ -16,6 +16,7 @@ mod compile;
 mod http;
 pub mod manifest;
 mod nats;
+mod schema;
 mod sources;
 mod token;
 mod toml_text;

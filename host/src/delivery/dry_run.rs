@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{CONFLICTS_MAX, Delivery, SharedTx, store_error};
+use super::{CONFLICTS_MAX, Delivery, SharedTx, schema_mismatch, store_error};
 use crate::guest::{CallFailure, CallOutcome, FailureKind};
 use crate::model::keyed_state::{BatchState, StateEntry};
 use crate::model::message::{Message, Output};
@@ -37,6 +37,12 @@ impl Delivery {
         message: Arc<Message>,
         limit: usize,
     ) -> Result<DryRunOutcome, StoreError> {
+        if let Some(failure) = schema_mismatch(&self.worker, &message) {
+            return Ok(DryRunOutcome {
+                failure: Some((self.dead_letter_reason(&failure), failure)),
+                ..DryRunOutcome::default()
+            });
+        }
         let mut conflicts = 0;
         loop {
             match self.dry_run_once(Arc::clone(&message), limit).await {

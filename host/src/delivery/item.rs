@@ -24,6 +24,8 @@ pub(super) struct BatchItem {
     /// Failed attempts before this delivery, as the claim read them.
     pub attempts: u32,
     pub fate: Fate,
+    /// The failure of a message that does not fit its schema.
+    pub mismatch: Option<CallFailure>,
     /// Other messages of the batch with the same event id.
     duplicates: Vec<Duplicate>,
 }
@@ -92,6 +94,7 @@ impl BatchItem {
             position,
             attempts: 0,
             fate: Fate::Pending,
+            mismatch: None,
             duplicates: Vec::new(),
         }
     }

@@ -31,12 +31,14 @@ mod connection_breaks;
 mod dry_run;
 mod item;
 pub mod request;
+mod schema;
 mod shared_tx;
 
 use batch::{GroupEffects, GroupRun};
 pub use connection_breaks::ConnectionBreaks;
 pub use dry_run::DryRunOutcome;
 use item::{BatchItem, FailedCall, Fate};
+pub(crate) use schema::schema_mismatch;
 pub(crate) use shared_tx::SharedTx;
 
 /// The lease of committed outputs. For this long after the commit, only the committing host
@@ -128,7 +130,9 @@ impl Delivery {
         savepoints: Savepoints,
     ) -> Result<BatchResult, StoreError> {
         let mut run = BatchRun::new(savepoints);
-        let mut groups = self.group_items(item::distinct(batch, &self.worker));
+        let mut items = item::distinct(batch, &self.worker);
+        self.check_schemas(&mut items);
+        let mut groups = self.group_items(items);
         while let Some(group) = groups.pop_front() {
             let mut group = run.runnable(group);
             if group.is_empty() {
@@ -205,18 +209,26 @@ impl Delivery {
         }
         let mut fresh: Vec<&mut BatchItem> =
             group.iter_mut().filter(|item| item.is_pending()).collect();
-        if fresh.is_empty() {
+
+        // Take out the messages that do not fit their schema.
+        fresh.iter_mut().for_each(|item| self.reject_mismatch(item));
+        let mut runnable: Vec<&mut BatchItem> = fresh
+            .iter_mut()
+            .filter(|item| item.is_pending())
+            .map(|item| &mut **item)
+            .collect();
+        if runnable.is_empty() {
             tx.rollback().await;
             return Ok(TxOutcome::Finished);
         }
 
         // Run the guest.
-        let state = match self.prefetch(&fresh, &mut tx).await {
+        let state = match self.prefetch(&runnable, &mut tx).await {
             Ok(state) => state,
             Err(error) => return roll_back_after(error, tx).await,
         };
         let shared_tx = SharedTx::new(self.store.dialect(), tx);
-        let group_run = self.run_items(run, &mut fresh, &shared_tx, state).await;
+        let group_run = self.run_items(run, &mut runnable, &shared_tx, state).await;
         let tx = shared_tx.take_tx().await?;
 
         // Commit or roll back.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::model::base64_text;
+use crate::model::cloud_events;
 
 /// Header names and values, in order. A name may repeat; its case is kept.
 pub type Headers = Vec<(String, String)>;
@@ -205,6 +206,14 @@ pub fn event_id(
     sequence: u64,
 ) -> Result<String, InvalidEventId> {
     let derived = derived_event_id(stream, stored_at, sequence);
+    if cloud_events::media_type(headers) == cloud_events::BATCH {
+        return Err(InvalidEventId {
+            fallback_id: derived,
+            why:
+                "a batch of CloudEvents has no event id; publish each event as a message of its own"
+                    .to_owned(),
+        });
+    }
     let Some(sent) = publisher_event_id(headers, body) else {
         return Ok(derived);
     };
@@ -240,13 +249,8 @@ fn structured_id(headers: &Headers, body: &[u8]) -> Option<String> {
         id: String,
         source: Option<String>,
     }
-    let kind = non_empty_header(headers, "content-type")?
-        .split(';')
-        .next()?
-        .trim()
-        .to_ascii_lowercase();
-    let envelope: Envelope =
-        (kind == "application/cloudevents+json").then(|| serde_json::from_slice(body).ok())??;
+    let is_structured = cloud_events::media_type(headers) == cloud_events::STRUCTURED;
+    let envelope: Envelope = is_structured.then(|| serde_json::from_slice(body).ok())??;
     let is_non_empty = |text: &String| !text.trim().is_empty();
     let source = envelope.source.filter(is_non_empty);
     Some(envelope.id)
@@ -266,7 +270,7 @@ fn cloud_event_id(id: &str, source: Option<&str>) -> String {
 /// Decodes a header of a CloudEvent. Publishers may percent-encode non-ASCII text, spaces, quotes
 /// and percent signs (CloudEvents HTTP binding, section 3.1.3.2). A value that does not decode to
 /// UTF-8 stays as it is.
-fn percent_decoded(value: &str) -> String {
+pub(super) fn percent_decoded(value: &str) -> String {
     percent_encoding::percent_decode_str(value)
         .decode_utf8()
         .map_or_else(|_| value.to_owned(), String::from)
@@ -405,6 +409,22 @@ mod tests {
         assert_eq!(structured("application/json", body), "n");
         for broken in ["{", "{}", r#"{"id": 1}"#, r#"{"id": " "}"#] {
             assert_eq!(structured("application/cloudevents+json", broken), "n");
+        }
+        let long = format!(r#"{{"id": "{}", "source": "/shop"}}"#, "x".repeat(300));
+        for (kind, body) in [
+            (cloud_events::STRUCTURED, long.as_str()),
+            (cloud_events::BATCH, body),
+            ("application/CloudEvents-Batch+JSON; charset=utf-8", "[]"),
+        ] {
+            let headers = vec![("Content-Type".to_owned(), kind.to_owned())];
+            let invalid = event_id(
+                &headers,
+                Some(body.as_bytes()),
+                "ORDERS",
+                Timestamp::UNIX_EPOCH,
+                7,
+            );
+            assert_eq!(invalid.unwrap_err().fallback_id, "ORDERS@0:7");
         }
         // Text that is not an escape stays as it is.
         for id in ["100%", "%zz", "%ff", "a+b"] {

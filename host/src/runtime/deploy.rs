@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::bus::StreamSpec;
 use crate::component;
@@ -54,6 +55,7 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
     // The component, the routes and the streams.
     let guest = host.services.load(wasm.into()).await?;
     check_kind(&proposal.worker, guest.handler())?;
+    proposal.worker.compile_schemas()?;
     check_routes(
         &proposal.worker,
         host.services.deployed_workers().await?.iter(),
@@ -328,6 +330,14 @@ fn quoted(names: &[String]) -> String {
 fn describe(worker: &Worker, digest: &str, imports: Vec<Value>) -> Result<Value> {
     let mut tree = serde_json::to_value(worker).context("describe the manifest")?;
     if let Some(tree) = tree.as_object_mut() {
+        // A digest stands for the content of a schema.
+        let schemas = worker.schemas.iter().map(|schema| {
+            let digest = hex::encode(Sha256::digest(schema.text.as_bytes()));
+            let digest = digest.get(..12).unwrap_or_default();
+            let text = format!("{} (sha256 {digest})", schema.file);
+            (schema.subject.clone(), Value::from(text))
+        });
+        tree.insert("schemas".to_owned(), schemas.collect());
         tree.insert("component".to_owned(), Value::from(digest));
         tree.insert("imports".to_owned(), Value::from(imports));
     }

@@ -14,7 +14,7 @@ use super::case::{Delivered, Given};
 use super::content;
 use super::effects::Effects;
 use crate::config::manifest::{Isolation, Worker};
-use crate::delivery::SharedTx;
+use crate::delivery::{SharedTx, schema_mismatch};
 use crate::guest::{
     CacheReader, CachedValue, Call, CallFailure, CallOutcome, Database, FailureKind, Guest,
     Recorder, WarmInstance,
@@ -139,6 +139,12 @@ impl Runner {
         now: Timestamp,
         fault: Option<Fault>,
     ) -> Result<()> {
+        if let Some(failure) = schema_mismatch(&self.worker, &delivery.message) {
+            progress.run.host_calls.push(0);
+            progress.run.statements.push(0);
+            progress.results.push(failure_text(&failure));
+            return Ok(());
+        }
         let mut fault = fault;
         loop {
             shared_tx.begin_item().await;

@@ -8,23 +8,29 @@ use std::time::Duration;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
+use crate::config::schema;
 use crate::model::alarm::Thresholds;
 use crate::model::hint::WithHint;
-use crate::model::message::Message;
+use crate::model::message::{Headers, Message};
 use crate::model::retry::RetryPolicy;
 use crate::model::sql::SqlLimits;
 use crate::model::subject;
 use crate::model::units;
 
+mod cloud_events;
 mod migrations;
 mod parse;
 mod routes;
+mod schemas;
 mod state_keys;
 
+pub use cloud_events::{CloudEvents, CloudEventsMode};
 pub use migrations::WorkerMigration;
 pub use parse::check_worker_name;
 pub use routes::{CachePolicy, CacheScope, KeyRule, Route, StoreFailures};
 pub use state_keys::StateKey;
+
+pub use crate::config::schema::SubjectSchema;
 
 /// The name of the file.
 pub const FILE_NAME: &str = "oncely.toml";
@@ -131,6 +137,12 @@ pub struct Worker {
     /// The configuration that the component reads through `wasi:config`.
     #[serde(default)]
     pub config: BTreeMap<String, String>,
+    /// The JSON Schemas of its messages and outputs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub schemas: Vec<SubjectSchema>,
+    /// The attributes of its outputs, if they are CloudEvents.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloudevents: Option<CloudEvents>,
 }
 
 /// `[worker.limits]`: the limits of one attempt. Exceeding one fails only that attempt.
@@ -300,6 +312,31 @@ impl Worker {
                 .outputs
                 .iter()
                 .any(|pattern| subject::matches(pattern, subject))
+    }
+
+    /// Compiles its schemas, unless they are compiled already.
+    ///
+    /// # Errors
+    /// A schema is invalid.
+    pub fn compile_schemas(&self) -> anyhow::Result<()> {
+        for schema in &self.schemas {
+            let compiled = schema.compile().map_err(anyhow::Error::msg);
+            compiled.with_context(|| format!("compile the schema {}", schema.file))?;
+        }
+        Ok(())
+    }
+
+    /// Checks a message, or an output, against the schemas of its subject.
+    ///
+    /// # Errors
+    /// The field, the rule and the value, as a sentence without a full stop.
+    pub fn check_schema(
+        &self,
+        subject: &str,
+        headers: &Headers,
+        body: &[u8],
+    ) -> Result<(), String> {
+        schema::check(&self.schemas, subject, headers, body)
     }
 
     /// The key of a message whose later messages are held while it fails; `None` if none are held.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::config::manifest::{
     Isolation, Limits, Manifest, OnFailure, OrderingKey, Route, Source, StateKey, Stream, Worker,
-    WorkerEntry, routes,
+    WorkerEntry, cloud_events, routes, schemas,
 };
 use crate::config::toml_text::{Located, Section, Text};
 use crate::model::alarm::Thresholds;
@@ -16,7 +16,7 @@ use crate::model::subject::{check_pattern, covers, is_reserved, overlaps};
 
 pub(super) const MANIFEST_KEYS: [&str; 2] = ["stream", "worker"];
 pub(super) const STREAM_KEYS: [&str; 3] = ["name", "subjects", "max_age"];
-pub(super) const WORKER_KEYS: [&str; 20] = [
+pub(super) const WORKER_KEYS: [&str; 22] = [
     "name",
     "crate",
     "component",
@@ -37,6 +37,8 @@ pub(super) const WORKER_KEYS: [&str; 20] = [
     "limits",
     "alarm",
     "config",
+    "schema",
+    "cloudevents",
 ];
 pub(super) const ALARM_KEYS: [&str; 8] = [
     "dead_letters",
@@ -180,12 +182,12 @@ fn worker(
     let check_key = |key: &str| OrderingKey::try_from(key.to_owned()).map(|_| ());
     let ordering_key = section.text("ordering_key", key_example, check_key)?;
     let ack_wait = Duration::from_secs(1)..=Duration::from_secs(60 * 60);
+    let outputs = values(section.texts("outputs", "[\"payments.settled\"]", check_own_pattern)?);
     let worker = Worker {
         name: name.value,
         stream: stream.map(|stream| stream.value),
         routes,
         subjects,
-        outputs: values(section.texts("outputs", "[\"payments.settled\"]", check_own_pattern)?),
         on_failure: on_failure(text, section, ordering_key.is_some())?,
         ordering_key: ordering_key.and_then(|key| OrderingKey::try_from(key.value).ok()),
         state_keys: state_keys(section)?,
@@ -199,7 +201,11 @@ fn worker(
         limits: limits(section)?,
         alarm: alarm(section)?,
         config: section.pairs("config", "[worker.config]")?,
+        schemas: schemas::schemas(text, section, folder)?,
+        cloudevents: cloud_events::cloud_events(text, section, &outputs)?,
+        outputs,
     };
+    schemas::check_subjects(text, section, &worker, &manifest.streams)?;
     let migrations = section
         .text("migrations", "\"migrations\"", check_path)?
         .map(|path| folder.join(path.value));
@@ -596,7 +602,7 @@ fn check_overlap(
     Ok(())
 }
 
-fn required(
+pub(super) fn required(
     section: &Section<'_>,
     key: &str,
     example: &str,
@@ -652,7 +658,7 @@ fn check_stream_name(name: &str) -> Result<(), String> {
 }
 
 /// Checks a subject pattern that is reserved neither by the broker nor by the platform.
-fn check_own_pattern(pattern: &str) -> Result<(), String> {
+pub(super) fn check_own_pattern(pattern: &str) -> Result<(), String> {
     check_pattern(pattern)?;
     if is_reserved(pattern) {
         Err(format!("`{pattern}` is reserved for NATS or Oncely"))
@@ -661,7 +667,7 @@ fn check_own_pattern(pattern: &str) -> Result<(), String> {
     }
 }
 
-fn check_path(path: &str) -> Result<(), String> {
+pub(super) fn check_path(path: &str) -> Result<(), String> {
     if path.trim().is_empty() {
         Err("it is empty".to_owned())
     } else {

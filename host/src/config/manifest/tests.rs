@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::cloud_events::CLOUD_EVENTS_KEYS;
 use super::parse::{ALARM_KEYS, LIMITS_KEYS, MANIFEST_KEYS, RETRY_KEYS, STREAM_KEYS, WORKER_KEYS};
 use super::routes::ROUTE_KEYS;
+use super::schemas::SCHEMA_KEYS;
 use super::*;
 use crate::model::hint::hints;
 use crate::model::retry::OnDeterministicFailure;
@@ -134,6 +136,8 @@ fn every_key_of_a_manifest_is_read() {
             clear_after: Duration::from_secs(15),
         },
         config: [("currency".to_owned(), "EUR".to_owned())].into(),
+        schemas: Vec::new(),
+        cloudevents: None,
     };
     assert_eq!(manifest.workers[0].worker, expected);
     assert_eq!(expected.durable(), "oncely-settle");
@@ -502,6 +506,95 @@ fn a_worker_that_feeds_itself_is_allowed_with_a_warning() {
     );
 }
 
+/// The manifest of [`FULL`] in a folder with schemas, and tables of its first worker.
+fn with_tables(tables: &str) -> anyhow::Result<Manifest> {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("a.json"), r#"{"type": "object"}"#).unwrap();
+    std::fs::write(folder.path().join("bad.json"), r#"{"type": "objekt"}"#).unwrap();
+    std::fs::write(folder.path().join("large.json"), " ".repeat(300_000)).unwrap();
+    let tables = format!("{tables}\n[worker.limits]");
+    let text = FULL.replacen("[worker.limits]", &tables, 1);
+    let file = folder.path().join(FILE_NAME);
+    std::fs::write(&file, text).unwrap();
+    Manifest::load(&file)
+}
+
+#[test]
+fn a_schema_is_read_compiled_and_part_of_the_deployment() {
+    let table = |subject: &str, file: &str| {
+        format!("[[worker.schema]]\nsubject = \"{subject}\"\nfile = \"{file}\"\n")
+    };
+    let manifest = with_tables(&table("payments.*", "a.json")).unwrap();
+    let worker = &manifest.workers[0].worker;
+    let stored: Worker = serde_json::from_str(&serde_json::to_string(worker).unwrap()).unwrap();
+    assert_eq!(&stored, worker);
+    let check = |body: &[u8]| stored.check_schema("payments.requested", &Vec::new(), body);
+    assert!(check(b"{}").is_ok() && check(b"1").is_err());
+    assert!(stored.check_schema("x.y", &Vec::new(), b"1").is_ok());
+    for (tables, expected) in [
+        (table("payments.*", "none.json"), "none.json cannot be read"),
+        (table("payments.*", "large.json"), "at most 262144"),
+        (
+            table("payments.*", "bad.json"),
+            "bad.json is invalid: at `/type`",
+        ),
+        (
+            table("other", "a.json"),
+            "neither receives nor publishes `other`",
+        ),
+        (table("x.>", "a.json").repeat(2), "`x.>` has two schemas"),
+        (
+            "[[worker.schema]]\nsubject = \"x.>\"\n".to_owned(),
+            "needs `file`",
+        ),
+    ] {
+        let error = with_tables(&tables).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+        assert!(error.to_string().contains("oncely.toml:"), "{error}");
+    }
+}
+
+#[test]
+fn cloudevents_have_a_mode_a_source_and_types() {
+    let events = |lines: &str| {
+        let manifest = with_tables(&format!("[worker.cloudevents]\n{lines}"))?;
+        anyhow::Ok(manifest.workers[0].worker.cloudevents.clone().unwrap())
+    };
+    let read = events("source = \"/pay\"").unwrap();
+    assert_eq!(
+        (read.mode, &*read.default_type),
+        (CloudEventsMode::Binary, "{subject}")
+    );
+    let types = "[worker.cloudevents.types]\n\"payments.settled\" = \"com.example.settled\"";
+    let full =
+        format!("mode = \"structured\"\nsource = \"/pay\"\ntype = \"a.{{subject}}\"\n{types}");
+    let read = events(&full).unwrap();
+    assert_eq!(read.mode, CloudEventsMode::Structured);
+    assert_eq!(read.types["payments.settled"], "com.example.settled");
+    for (lines, expected) in [
+        (
+            full.replace("/pay", "a b"),
+            "`source` in [worker.cloudevents] is invalid",
+        ),
+        (
+            full.replace("structured", "batch"),
+            "`batch` is not one of: binary, structured",
+        ),
+        (
+            full.replace("payments.settled", "y.z"),
+            "`y.z`, which is no subject of `outputs`",
+        ),
+        (
+            full.replace("com.example.settled", ""),
+            "the type of `payments.settled` is invalid",
+        ),
+        ("mode = \"binary\"".to_owned(), "needs `source`"),
+    ] {
+        let error = events(&lines).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
 #[test]
 fn grants_allow_listed_subjects_and_never_reserved_ones() {
     let mut worker = worker();
@@ -620,7 +713,7 @@ fn a_missing_manifest_is_reported_with_its_path() {
 #[test]
 fn every_manifest_key_is_in_the_reference() {
     let reference = include_str!("../../../../docs/manifest.md");
-    let sections: [(&str, &[&str]); 7] = [
+    let sections: [(&str, &[&str]); 9] = [
         ("## The file", &MANIFEST_KEYS),
         ("## `[[stream]]`", &STREAM_KEYS),
         ("## `[[worker]]`", &WORKER_KEYS),
@@ -628,6 +721,8 @@ fn every_manifest_key_is_in_the_reference() {
         ("## `[worker.limits]`", &LIMITS_KEYS),
         ("## `[[worker.route]]`", &ROUTE_KEYS),
         ("## `[worker.alarm]`", &ALARM_KEYS),
+        ("## `[[worker.schema]]`", &SCHEMA_KEYS),
+        ("## `[worker.cloudevents]`", &CLOUD_EVENTS_KEYS),
     ];
     for (heading, keys) in sections {
         let section = reference

@@ -88,7 +88,7 @@ impl CallState {
             .iter()
             .filter(|output| output.event_id == cause.event_id)
             .count();
-        let output = Output {
+        let mut output = Output {
             kind: if outgoing.id.is_some() {
                 OutputKind::Chosen
             } else {
@@ -104,6 +104,15 @@ impl CallState {
             delay,
         };
         self.check_size(&output)?;
+        worker
+            .check_schema(&output.subject, &output.headers, &output.body)
+            .map_err(|why| {
+                outbox::Error::Other(format!("the output to `{}`: {why}", output.subject))
+            })?;
+        if let Some(events) = &worker.cloudevents {
+            events.apply(&mut output, self.call.now);
+            self.check_size(&output)?;
+        }
         Ok(output)
     }
 
