@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use super::build::{BuiltComponent, ToolchainArg};
+use super::build::{BuiltComponent, EnvironmentArg, ToolchainArg};
 use super::client::{Client, HostArgs};
 use super::{rollout, term};
 use crate::api::{Activated, RetireRequest, RollbackRequest, Uploaded};
@@ -32,6 +32,8 @@ pub struct Deploy {
     #[command(flatten)]
     toolchain: ToolchainArg,
     #[command(flatten)]
+    environment: EnvironmentArg,
+    #[command(flatten)]
     host: HostArgs,
 }
 
@@ -39,7 +41,7 @@ impl Deploy {
     pub async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
         for path in &self.manifests {
-            let manifest = Manifest::load(path)?;
+            let manifest = Manifest::load(path, self.environment.name())?;
             manifest.warnings().iter().for_each(term::warning);
             for entry in &manifest.workers {
                 self.deploy(&client, &manifest, entry).await?;

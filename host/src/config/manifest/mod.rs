@@ -16,11 +16,14 @@ use crate::model::sql::SqlLimits;
 use crate::model::subject;
 use crate::model::units;
 
+mod config_values;
+mod environments;
 mod migrations;
 mod parse;
 mod routes;
 mod state_keys;
 
+pub use config_values::{ConfigValue, ResolvedConfig, SecretReference};
 pub use migrations::WorkerMigration;
 pub use parse::check_worker_name;
 pub use routes::{CachePolicy, CacheScope, KeyRule, Route, StoreFailures};
@@ -128,9 +131,10 @@ pub struct Worker {
     /// The alarm thresholds.
     #[serde(default)]
     pub alarm: Thresholds,
-    /// The configuration that the component reads through `wasi:config`.
+    /// The configuration that the component reads through `wasi:config`. It contains references to
+    /// secrets, never their values.
     #[serde(default)]
-    pub config: BTreeMap<String, String>,
+    pub config: BTreeMap<String, ConfigValue>,
 }
 
 /// `[worker.limits]`: the limits of one attempt. Exceeding one fails only that attempt.
@@ -219,11 +223,12 @@ pub enum Isolation {
 }
 
 impl Manifest {
-    /// Loads and checks a manifest: a file, or a folder that contains `oncely.toml`.
+    /// Loads and checks a manifest: a file, or a folder that contains `oncely.toml`. The tables of
+    /// `environment` are merged over it.
     ///
     /// # Errors
-    /// The file is missing or invalid.
-    pub fn load(path: &Path) -> anyhow::Result<Manifest> {
+    /// The file is missing or invalid, or it has no such environment.
+    pub fn load(path: &Path, environment: Option<&str>) -> anyhow::Result<Manifest> {
         let file = if path.is_dir() {
             path.join(FILE_NAME)
         } else {
@@ -236,13 +241,13 @@ impl Manifest {
         }
         let text = std::fs::read_to_string(&file)
             .with_context(|| format!("read the manifest {}", file.display()))?;
-        Manifest::parse(&text, &file.to_string_lossy())
+        parse::manifest(&text, &file.to_string_lossy(), environment)
     }
 
     /// Parses and checks the text of a manifest. `file_name` is its name in errors; relative paths
     /// start at its folder.
     pub fn parse(text: &str, file_name: &str) -> anyhow::Result<Manifest> {
-        parse::manifest(text, file_name)
+        parse::manifest(text, file_name, None)
     }
 
     /// The warnings about allowed but probably unintended settings, one sentence each.
