@@ -22,8 +22,13 @@ fn main() -> ExitCode {
     match runtime.block_on(cli.run()) {
         Ok(()) => exit::Exit::Success.into(),
         Err(error) => {
-            term::error(&error);
-            exit::Exit::from_error(&error).into()
+            let exit = exit::Exit::from_error(&error);
+            match exit {
+                // A result, not a failure.
+                exit::Exit::Changes => term::note(&error),
+                _ => term::error(&error),
+            }
+            exit.into()
         }
     }
 }

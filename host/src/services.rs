@@ -80,7 +80,7 @@ impl Services {
     }
 
     /// Compiles the component of a deployment and parses its manifest: everything that can fail
-    /// before it starts.
+    /// before it starts. The secrets of its configuration are read.
     pub async fn prepare(&self, deployment: &DeploymentRecord) -> Result<Delivery> {
         let worker: Worker = serde_json::from_str(&deployment.manifest)
             .context("parse the deployment's manifest")?;
@@ -92,9 +92,12 @@ impl Services {
             .with_context(|| format!("component {} is not in the database", deployment.digest))?;
         let guest = self.load(wasm.into()).await?;
         check_kind(&worker, guest.handler())?;
+        // Secrets are read at each start, so a new value needs only a restart.
+        let config = worker.resolve_config()?;
         Ok(Delivery {
             store: Arc::clone(&self.store),
             guest,
+            config: Arc::new(config),
             worker: Arc::new(worker),
             version: deployment.version,
             payload_max: self.bus.max_payload(),

@@ -37,6 +37,8 @@ mod conformance;
 mod crash;
 mod delivery;
 mod deploy;
+mod deploy_plan;
+mod deploy_secrets;
 mod docs;
 mod first_run;
 mod hints;

@@ -62,6 +62,7 @@ impl DeliveryHarness {
         let delivery = Delivery {
             store,
             guest,
+            config: Arc::new(entry.worker.resolve_config()?),
             worker: Arc::new(entry.worker),
             version: 1,
             payload_max: 1 << 20,

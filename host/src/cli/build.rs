@@ -23,6 +23,23 @@ pub struct Build {
     manifests: Vec<PathBuf>,
     #[command(flatten)]
     toolchain: ToolchainArg,
+    #[command(flatten)]
+    environment: EnvironmentArg,
+}
+
+/// The environment of a manifest.
+#[derive(Debug, Clone, Args)]
+pub struct EnvironmentArg {
+    /// Merge the tables of [env.NAME] over the manifest.
+    #[arg(long = "env", env = "ONCELY_ENV", value_name = "NAME")]
+    environment: Option<String>,
+}
+
+impl EnvironmentArg {
+    /// The name. An empty variable counts as unset.
+    pub fn name(&self) -> Option<&str> {
+        self.environment.as_deref().filter(|name| !name.is_empty())
+    }
 }
 
 /// The toolchain that builds the crates of a manifest.
@@ -36,7 +53,7 @@ pub struct ToolchainArg {
 impl Build {
     pub fn run(self) -> Result<()> {
         for path in &self.manifests {
-            let manifest = Manifest::load(path)?;
+            let manifest = Manifest::load(path, self.environment.name())?;
             manifest.warnings().iter().for_each(term::warning);
             let mut before: Vec<&Worker> = Vec::new();
             for entry in &manifest.workers {

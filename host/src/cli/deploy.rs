@@ -4,33 +4,46 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use serde::Serialize;
 
-use super::build::{BuiltComponent, ToolchainArg};
+use super::build::{BuiltComponent, EnvironmentArg, ToolchainArg};
 use super::client::{Client, HostArgs};
+use super::exit::Exit;
 use super::{rollout, term};
 use crate::api::{Activated, RetireRequest, RollbackRequest, Uploaded};
 use crate::config::manifest::{Manifest, WorkerEntry};
 use crate::model::sql::Dialect;
 use crate::runtime::RetiredWorker;
 use crate::runtime::deploy::{Plan, Proposal};
+use crate::runtime::plan_details::{Action, PlanDetails};
 use crate::store::WorkerMigration;
 
 /// Build, check and deploy the workers of a manifest.
 ///
 /// Running hosts switch to the new version without a restart.
+///
+/// Exit codes of --plan: 0 if nothing would change, 10 if something would.
 #[derive(Debug, Args)]
 pub struct Deploy {
     /// Deploy these manifests, or folders that contain an oncely.toml.
     #[arg(default_value = ".")]
     manifests: Vec<PathBuf>,
-    /// Show the plan without executing it.
+    /// Show the plan without executing it. Exit with 10 if something would change.
     #[arg(long)]
+    plan: bool,
+    /// Show the plan without executing it. Exit with 0 even if something would change.
+    #[arg(long, conflicts_with = "plan")]
     dry_run: bool,
+    /// Print the plan as JSON.
+    #[arg(long, requires = "plan")]
+    json: bool,
     /// Skip the wait until the hosts run the new version.
     #[arg(long)]
     no_wait: bool,
     #[command(flatten)]
     toolchain: ToolchainArg,
+    #[command(flatten)]
+    environment: EnvironmentArg,
     #[command(flatten)]
     host: HostArgs,
 }
@@ -38,14 +51,29 @@ pub struct Deploy {
 impl Deploy {
     pub async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
+        let mut plans = Vec::new();
         for path in &self.manifests {
-            let manifest = Manifest::load(path)?;
+            let manifest = Manifest::load(path, self.environment.name())?;
             manifest.warnings().iter().for_each(term::warning);
             for entry in &manifest.workers {
-                self.deploy(&client, &manifest, entry).await?;
+                plans.push(self.deploy(&client, &manifest, entry).await?);
             }
         }
-        Ok(())
+        if !self.plan {
+            return Ok(());
+        }
+
+        // The result of --plan.
+        let document = PlanDocument::new(&plans);
+        if self.json {
+            term::json(&document)?;
+        }
+        match document.changes {
+            false => Ok(()),
+            true => Err(Exit::Changes
+                .with_message("the deployment would change something")
+                .into()),
+        }
     }
 
     async fn deploy(
@@ -53,7 +81,7 @@ impl Deploy {
         client: &Client,
         manifest: &Manifest,
         entry: &WorkerEntry,
-    ) -> Result<()> {
+    ) -> Result<Plan> {
         let built = BuiltComponent::build(entry, self.toolchain)?;
         let error_context = built.error_context(entry);
         let dialect: Dialect = client.get("/dialect").await?;
@@ -63,12 +91,49 @@ impl Deploy {
             .context(error_context)?;
         let proposal = propose(manifest, entry, uploaded.digest, dialect)?;
         let plan: Plan = client.post("/plan", &proposal).await?;
-        show_plan(&plan);
-        if self.dry_run {
-            return Ok(());
+        if !self.json {
+            show_plan(&plan);
+        }
+        if self.plan || self.dry_run {
+            return Ok(plan);
         }
         let activated: Activated = client.post("/deploy", &proposal).await?;
-        rollout::wait(client, &activated, self.no_wait).await
+        rollout::wait(client, &activated, self.no_wait).await?;
+        Ok(plan)
+    }
+}
+
+/// The output of `--plan --json`. `docs/deploying.md` documents it.
+#[derive(Debug, Serialize)]
+struct PlanDocument<'p> {
+    /// The version of this format.
+    format: u32,
+    /// Whether a deployment would change something.
+    changes: bool,
+    workers: Vec<PlannedWorker<'p>>,
+}
+
+#[derive(Debug, Serialize)]
+struct PlannedWorker<'p> {
+    worker: &'p str,
+    /// The active version; null for a new worker.
+    version: Option<u32>,
+    #[serde(flatten)]
+    details: &'p PlanDetails,
+}
+
+impl<'p> PlanDocument<'p> {
+    fn new(plans: &'p [Plan]) -> Self {
+        let worker = |plan: &'p Plan| PlannedWorker {
+            worker: &plan.worker,
+            version: plan.from,
+            details: &plan.details,
+        };
+        PlanDocument {
+            format: 1,
+            changes: plans.iter().any(|plan| plan.details.action != Action::None),
+            workers: plans.iter().map(worker).collect(),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tokio::task::AbortHandle;
 
-use super::build::{BuiltComponent, ToolchainArg};
+use super::build::{BuiltComponent, EnvironmentArg, ToolchainArg};
 use super::client::{DATA_DIR, make_data_dir};
 use super::deploy::{propose, show_plan};
 use super::lock::Lock;
@@ -70,6 +70,8 @@ pub struct Dev {
     no_watch: bool,
     #[command(flatten)]
     toolchain: ToolchainArg,
+    #[command(flatten)]
+    environment: EnvironmentArg,
 }
 
 impl Dev {
@@ -143,12 +145,13 @@ impl Dev {
         let mut watching = Vec::new();
         for (path, mut sources) in self.paths().into_iter().zip(sources) {
             let (host, toolchain) = (Arc::clone(&host_process.host), self.toolchain);
+            let environment = self.environment.clone();
             let task = tokio::spawn(async move {
                 while let Ok(changed) = sources.changed().await {
                     let began = Instant::now();
                     show_changed(&changed);
                     // Whatever is wrong with the new sources, the previous version keeps running.
-                    match redeploy(&host, &path, toolchain).await {
+                    match redeploy(&host, &path, environment.name(), toolchain).await {
                         Ok(next) => {
                             sources = next;
                             let took = units::format_duration(began.elapsed());
@@ -187,7 +190,8 @@ impl Dev {
     /// The manifests on the command line, or the one of this folder.
     fn manifests(&self) -> Result<Vec<Manifest>> {
         let paths = self.paths();
-        paths.iter().map(|path| Manifest::load(path)).collect()
+        let load = |path: &PathBuf| Manifest::load(path, self.environment.name());
+        paths.iter().map(load).collect()
     }
 
     fn paths(&self) -> Vec<PathBuf> {
@@ -259,8 +263,13 @@ fn is_unset(flag: Option<&str>, variable: &str) -> bool {
 
 /// Builds and deploys a manifest again. Returns its sources from before the build: a change during
 /// the build is another change.
-async fn redeploy(host: &Host, path: &Path, toolchain: ToolchainArg) -> Result<Sources> {
-    let manifest = Manifest::load(path)?;
+async fn redeploy(
+    host: &Host,
+    path: &Path,
+    environment: Option<&str>,
+    toolchain: ToolchainArg,
+) -> Result<Sources> {
+    let manifest = Manifest::load(path, environment)?;
     let sources = Sources::of(&manifest);
     deploy_in_process(host, &manifest, toolchain).await?;
     host.reconcile().await?;

@@ -23,6 +23,8 @@ pub enum Exit {
     Diverged = 5,
     /// The recording was cut before the failure; the replay matches up to there.
     Truncated = 6,
+    /// `oncely deploy --plan`: a deployment would change something.
+    Changes = 10,
 }
 
 /// An error message with an exit code.

@@ -9,7 +9,7 @@ use clap::Args;
 use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite};
 use sha2::{Digest, Sha256};
 
-use super::build::{BuiltComponent, ToolchainArg};
+use super::build::{BuiltComponent, EnvironmentArg, ToolchainArg};
 use super::client::{DATA_DIR, make_data_dir};
 use super::exit::Exit;
 use super::term;
@@ -56,6 +56,8 @@ pub struct Test {
     postgres: Option<String>,
     #[command(flatten)]
     toolchain: ToolchainArg,
+    #[command(flatten)]
+    environment: EnvironmentArg,
 }
 
 /// The result of one check.
@@ -72,7 +74,7 @@ impl Test {
         let began = Instant::now();
         let mut checked = Vec::new();
         for path in &self.manifests {
-            let manifest = Manifest::load(path)?;
+            let manifest = Manifest::load(path, self.environment.name())?;
             manifest.warnings().iter().for_each(term::warning);
             self.test_manifest(&manifest, &mut checked).await?;
         }
@@ -225,6 +227,8 @@ impl Bench {
             .await
             .with_context(|| built.error_context(entry))?;
 
+        let config = entry.worker.resolve_config()?;
+
         // Database
         let folder = tempfile::tempdir().context("create a folder for the database")?;
         let (store, scratch) = match &test.postgres {
@@ -248,6 +252,7 @@ impl Bench {
                 store: Arc::new(store),
                 guest,
                 worker: Arc::new(entry.worker.clone()),
+                config: Arc::new(config),
             },
             scratch,
             _folder: folder,

@@ -1,6 +1,5 @@
 //! Strict TOML parsing: each error is one sentence with file and line, and has a hint with the fix.
 
-use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::ops::{Range, RangeInclusive};
 use std::time::Duration;
@@ -35,18 +34,29 @@ pub struct Section<'t> {
     table: DeTable<'t>,
 }
 
+/// A value of a table with any keys.
+pub enum Pair<'t> {
+    Text(String),
+    Table(Section<'t>),
+}
+
 impl<'t> Text<'t> {
     /// Parses the text. `known` are the allowed keys of its top level.
     pub fn section(self, title: &'static str, known: &[&str]) -> anyhow::Result<Section<'t>> {
-        let parsed = DeTable::parse(self.text).map_err(|error| {
+        let parsed = self.parse()?;
+        Section::open(self, title, parsed.span(), parsed.into_inner(), known)
+    }
+
+    /// Parses the text without a check of its keys.
+    pub fn parse(self) -> anyhow::Result<Spanned<DeTable<'t>>> {
+        DeTable::parse(self.text).map_err(|error| {
             let what = error.message().trim().replace('\n', "; ");
             self.refuse(
                 &error.span().unwrap_or_default(),
                 format!("invalid TOML: {what}"),
                 self.toml_hint(&error),
             )
-        })?;
-        Section::open(self, title, parsed.span(), parsed.into_inner(), known)
+        })
     }
 
     /// An error at `span`, with a hint.
@@ -104,7 +114,8 @@ impl<'t> Text<'t> {
 }
 
 impl<'t> Section<'t> {
-    fn open(
+    /// A section of a table that was parsed before. `known` are its allowed keys.
+    pub fn open(
         text: Text<'t>,
         title: &'static str,
         span: Range<usize>,
@@ -285,31 +296,41 @@ impl<'t> Section<'t> {
         Ok(Some(measure))
     }
 
-    /// A table of texts with any keys, such as `[worker.config]`.
-    pub fn pairs(&self, key: &str, example: &str) -> anyhow::Result<BTreeMap<String, String>> {
+    /// A table with any keys, such as `[worker.config]`. Each value is a text, or a table with the
+    /// keys `known`.
+    pub fn pairs(
+        &self,
+        key: &str,
+        title: &'static str,
+        known: &[&str],
+    ) -> anyhow::Result<Vec<(String, Pair<'t>)>> {
         let Some(value) = self.table.get(key) else {
-            return Ok(BTreeMap::new());
+            return Ok(Vec::new());
         };
         let DeValue::Table(table) = value.get_ref() else {
-            return Err(self.wrong_type(value, key, "a table", example));
+            return Err(self.wrong_type(value, key, "a table", title));
         };
-        let pair = |(name, value): (&Spanned<_>, &Spanned<DeValue<'t>>)| match value.get_ref() {
-            DeValue::String(text) => Ok((
-                AsRef::<str>::as_ref(name.get_ref()).to_owned(),
-                text.to_string(),
-            )),
-            other => {
-                let name: &str = AsRef::as_ref(name.get_ref());
-                let hint = match scalar_text(other) {
-                    Some(text) => format!("write: {name} = \"{text}\""),
-                    None => format!("write: {name} = \"…\""),
-                };
-                Err(self.text.refuse(
-                    &value.span(),
-                    format!("`{key}.{name}` must be text in quotes"),
-                    hint,
-                ))
-            }
+        let pair = |(name, value): (&Spanned<_>, &Spanned<DeValue<'t>>)| {
+            let name: &str = AsRef::as_ref(name.get_ref());
+            let pair = match value.get_ref() {
+                DeValue::String(text) => Pair::Text(text.to_string()),
+                DeValue::Table(table) => {
+                    let table = table.clone();
+                    Pair::Table(Section::open(self.text, title, value.span(), table, known)?)
+                }
+                other => {
+                    let hint = match scalar_text(other) {
+                        Some(text) => format!("write: {name} = \"{text}\""),
+                        None => format!("write: {name} = \"…\""),
+                    };
+                    return Err(self.text.refuse(
+                        &value.span(),
+                        format!("`{key}.{name}` must be text in quotes"),
+                        hint,
+                    ));
+                }
+            };
+            Ok((name.to_owned(), pair))
         };
         table.iter().map(pair).collect()
     }

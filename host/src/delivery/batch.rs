@@ -218,6 +218,7 @@ impl Delivery {
         let call = Call {
             messages,
             worker: Arc::clone(&self.worker),
+            config: Arc::clone(&self.config),
             version: self.version,
             attempt,
             now: Timestamp::now(),

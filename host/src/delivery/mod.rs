@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use jiff::Timestamp;
 
 use crate::cache::{Cache, ReadVersion};
-use crate::config::manifest::Worker;
+use crate::config::manifest::{ResolvedConfig, Worker};
 use crate::fault;
 use crate::guest::Guest;
 use crate::metrics::Metrics;
@@ -61,6 +61,8 @@ pub struct Delivery {
     pub guest: Guest,
     /// The worker's manifest, with all defaults filled in.
     pub worker: Arc<Worker>,
+    /// The worker's configuration, with the values of secrets.
+    pub config: Arc<ResolvedConfig>,
     /// The version of the deployment; 1 for the worker's first one.
     pub version: u32,
     /// The largest payload the broker takes, in bytes.

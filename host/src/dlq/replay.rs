@@ -10,7 +10,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::config::CompileSettings;
-use crate::config::manifest::Worker;
+use crate::config::manifest::{ResolvedConfig, Worker};
 use crate::guest::{
     CacheReader, CachedValue, Call, CallFailure, CallOutcome, Database, Guest, GuestEngine,
     PlaybackEnd, RECORD_FORMAT, Record, Recorder,
@@ -142,12 +142,16 @@ pub async fn replay(
          but this component handles one at a time",
         record.messages.len()
     );
-    let outcome = guest.call(call(attempt, expected), None).await?;
+    let config = attempt
+        .manifest
+        .resolve_config()
+        .context("read the configuration of the worker")?;
+    let outcome = guest.call(call(attempt, expected, config), None).await?;
     compare(record, expected, item, outcome, is_changed)
 }
 
 /// The recorded call.
-fn call(attempt: &Replayable, expected: &CallFailure) -> Call {
+fn call(attempt: &Replayable, expected: &CallFailure, config: ResolvedConfig) -> Call {
     let record = &attempt.record;
     let mut worker = attempt.manifest.clone();
     if expected.code.as_deref() != Some("timeout") {
@@ -156,6 +160,7 @@ fn call(attempt: &Replayable, expected: &CallFailure) -> Call {
     Call {
         messages: record.messages.iter().cloned().map(Arc::new).collect(),
         worker: Arc::new(worker),
+        config: Arc::new(config),
         version: record.version,
         attempt: record.attempt,
         now: record.now,

@@ -18,7 +18,7 @@ use super::limiter::Limiter;
 use super::logs::Logs;
 use super::record::{RECORD_FORMAT, Record};
 use super::recorder::Recorder;
-use crate::config::manifest::Worker;
+use crate::config::manifest::{ResolvedConfig, Worker};
 use crate::model::cache_writes::CacheWrites;
 use crate::model::keyed_state::BatchState;
 use crate::model::message::{Message, Output};
@@ -28,8 +28,10 @@ use crate::model::request::{HttpRequest, HttpResponse};
 pub struct Call {
     /// One message for a handler, one or more for a batch handler.
     pub messages: Vec<Arc<Message>>,
-    /// The worker, with its limits and its configuration.
+    /// The worker, with its limits.
     pub worker: Arc<Worker>,
+    /// The configuration that the guest reads, with the values of secrets.
+    pub config: Arc<ResolvedConfig>,
     /// Version of the worker.
     pub version: u32,
     /// 1 for the first attempt. In a batch, the highest of all messages.

@@ -17,6 +17,9 @@ use crate::ingress::check_routes;
 use crate::model::hint::WithHint;
 use crate::model::subject;
 use crate::runtime::Host;
+use crate::runtime::plan_details::{
+    Action, Change, PlanDetails, consumer_changes, manifest_changes,
+};
 use crate::store::DeploymentRecord;
 
 /// A deployment to make. The component is uploaded before it, under its digest.
@@ -38,6 +41,8 @@ pub struct Plan {
     pub from: Option<u32>,
     /// One line each, beginning with `+`, `-` or `~`; empty when nothing changes.
     pub changes: Vec<String>,
+    /// The same changes by kind.
+    pub details: PlanDetails,
 }
 
 /// Checks a proposal and returns the changes it would make.
@@ -60,7 +65,11 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         &proposal.worker,
         host.services.deployed_workers().await?.iter(),
     )?;
-    let mut changes = check_streams(host, proposal).await?;
+    let streams = check_streams(host, proposal).await?;
+    let mut changes: Vec<String> = streams
+        .iter()
+        .map(|stream| format!("+ stream {} ({})", stream.name, stream.subjects.join(", ")))
+        .collect();
     check_consumer(host, &proposal.worker).await?;
 
     // Pending migrations.
@@ -69,7 +78,7 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         .store
         .due_migrations(&proposal.worker.name, &proposal.migrations)
         .await?;
-    changes.extend(due.into_iter().map(|name| format!("+ migration {name}")));
+    changes.extend(due.iter().map(|name| format!("+ migration {name}")));
     let active = host
         .services
         .active_deployment(&proposal.worker.name)
@@ -82,9 +91,13 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         .iter()
         .map(|name| Value::from(name.as_str()))
         .collect();
-    let before = match &active {
-        Some(active) => describe_active(host, active).await?,
-        None => Value::Null,
+    let (before, old_worker) = match &active {
+        Some(active) => {
+            let worker: Worker =
+                serde_json::from_str(&active.manifest).context("read the active manifest")?;
+            (describe_active(host, active, &worker).await?, Some(worker))
+        }
+        None => (Value::Null, None),
     };
     let after = describe(&proposal.worker, &proposal.digest, imports)?;
     let differing = match &active {
@@ -96,10 +109,24 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         changes.push("~ the order of lists".to_owned());
     }
     changes.extend(differing);
+    let is_changed = !changes.is_empty();
+    let digests = Change {
+        old: active.as_ref().map(|active| active.digest.clone()),
+        new: proposal.digest.clone(),
+    };
+    let details = PlanDetails {
+        action: Action::of(active.is_some(), is_changed),
+        component: Some(digests).filter(|digests| digests.old.as_ref() != Some(&digests.new)),
+        manifest: manifest_changes(old_worker.as_ref(), &proposal.worker)?,
+        migrations: due,
+        streams: streams.into_iter().map(|stream| stream.name).collect(),
+        consumers: consumer_changes(old_worker.as_ref(), &proposal.worker),
+    };
     Ok(Plan {
         worker: proposal.worker.name.clone(),
         from: active.map(|active| active.version),
         changes,
+        details,
     })
 }
 
@@ -214,18 +241,13 @@ fn stream_spec(stream: &Stream) -> StreamSpec {
 }
 
 /// Checks that the source and all outputs have a stream. Returns the streams that will be created.
-async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> {
+async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<Stream>> {
     let worker = &proposal.worker;
-    let mut changes = Vec::new();
+    let mut missing = Vec::new();
     let mut source = None;
     for stream in &proposal.streams {
-        match host.services.bus.stream(&stream.name).await? {
-            Some(_) => {}
-            None => changes.push(format!(
-                "+ stream {} ({})",
-                stream.name,
-                stream.subjects.join(", ")
-            )),
+        if host.services.bus.stream(&stream.name).await?.is_none() {
+            missing.push(stream.clone());
         }
         if Some(&stream.name) == worker.stream.as_ref() {
             source = Some(stream.subjects.clone());
@@ -257,7 +279,7 @@ async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> 
             ));
         }
     }
-    Ok(changes)
+    Ok(missing)
 }
 
 /// Checks that the stream of a worker exists or is declared, and covers its subjects.
@@ -344,9 +366,11 @@ fn describe(worker: &Worker, digest: &str, imports: Vec<Value>) -> Result<Value>
     Ok(tree)
 }
 
-async fn describe_active(host: &Host, deployment: &DeploymentRecord) -> Result<Value> {
-    let worker: Worker =
-        serde_json::from_str(&deployment.manifest).context("read the active manifest")?;
+async fn describe_active(
+    host: &Host,
+    deployment: &DeploymentRecord,
+    worker: &Worker,
+) -> Result<Value> {
     let wasm = host
         .services
         .store
@@ -357,7 +381,7 @@ async fn describe_active(host: &Host, deployment: &DeploymentRecord) -> Result<V
         Ok(surface) => surface.imports.into_iter().map(Value::from).collect(),
         Err(_) => Vec::new(),
     };
-    describe(&worker, &deployment.digest, imports)
+    describe(worker, &deployment.digest, imports)
 }
 
 /// The settings of a new worker that differ from their defaults.

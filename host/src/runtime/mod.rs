@@ -16,6 +16,7 @@ mod consistency;
 pub mod deploy;
 mod health_checks;
 mod lease;
+pub mod plan_details;
 mod recovery;
 mod retention;
 mod retirement;

@@ -13,7 +13,7 @@ use serde_json::{Map, Value as Json, json};
 use super::case::{Delivered, Given};
 use super::content;
 use super::effects::Effects;
-use crate::config::manifest::{Isolation, Worker};
+use crate::config::manifest::{Isolation, ResolvedConfig, Worker};
 use crate::delivery::{SharedTx, schema_mismatch};
 use crate::guest::{
     CacheReader, CachedValue, Call, CallFailure, CallOutcome, Database, FailureKind, Guest,
@@ -36,6 +36,7 @@ pub struct Runner {
     pub store: Arc<Store>,
     pub guest: Guest,
     pub worker: Arc<Worker>,
+    pub config: Arc<ResolvedConfig>,
 }
 
 /// A fault during a run, after which the message is delivered again.
@@ -201,6 +202,7 @@ impl Runner {
         let call = Call {
             messages: vec![Arc::clone(&delivery.message)],
             worker: Arc::clone(&self.worker),
+            config: Arc::clone(&self.config),
             version: 1,
             attempt: delivery.attempt,
             now,

@@ -55,6 +55,7 @@ fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
         "cached" => cached::run(message),
         "calls" => calls::run(),
         "config" => config::run(),
+        "config_reversed" => config::run_reversed(),
         "eat_memory" => eat_memory::run(),
         "echo" => echo::run(message),
         "emit" => emit::run(message),

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::config::manifest::parse::{one_of, required};
-use crate::config::toml_text::{Section, Text};
+use crate::config::toml_text::{Pair, Section, Text};
 use crate::model::cloud_events;
 use crate::model::message::{EVENT_ID_MAX, Output, OutputKind};
 use crate::model::subject;
@@ -100,14 +100,21 @@ pub(super) fn cloud_events(
     let mode = table.text("mode", "\"binary\"", one_of(&["binary", "structured"]))?;
     let source = required(&table, "source", "\"/orders\"", check_source)?;
     let default_type = table.text("type", "\"com.example.{subject}\"", check_type)?;
-    let types = table.pairs("types", "[worker.cloudevents.types]")?;
-    for (subject, kind) in &types {
+    let mut types = BTreeMap::new();
+    for (subject, pair) in table.pairs("types", "[worker.cloudevents.types]", &[])? {
+        let kind = match pair {
+            Pair::Text(kind) => kind,
+            Pair::Table(_) => String::new(),
+        };
         let is_output = outputs
             .iter()
-            .any(|output| subject::matches(output, subject));
-        let why = match check_type(kind) {
+            .any(|output| subject::matches(output, &subject));
+        let why = match check_type(&kind) {
             Err(why) => format!("the type of `{subject}` is invalid: {why}"),
-            Ok(()) if is_output => continue,
+            Ok(()) if is_output => {
+                types.insert(subject, kind);
+                continue;
+            }
             Ok(()) => format!("`types` names `{subject}`, which is no subject of `outputs`"),
         };
         let hint = "write one subject of `outputs`, without wildcards, for each type";

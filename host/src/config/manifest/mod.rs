@@ -18,6 +18,8 @@ use crate::model::subject;
 use crate::model::units;
 
 mod cloud_events;
+mod config_values;
+mod environments;
 mod migrations;
 mod parse;
 mod routes;
@@ -25,6 +27,7 @@ mod schemas;
 mod state_keys;
 
 pub use cloud_events::{CloudEvents, CloudEventsMode};
+pub use config_values::{ConfigValue, ResolvedConfig, SecretReference};
 pub use migrations::WorkerMigration;
 pub use parse::check_worker_name;
 pub use routes::{CachePolicy, CacheScope, KeyRule, Route, StoreFailures};
@@ -134,9 +137,10 @@ pub struct Worker {
     /// The alarm thresholds.
     #[serde(default)]
     pub alarm: Thresholds,
-    /// The configuration that the component reads through `wasi:config`.
+    /// The configuration that the component reads through `wasi:config`. It contains references to
+    /// secrets, never their values.
     #[serde(default)]
-    pub config: BTreeMap<String, String>,
+    pub config: BTreeMap<String, ConfigValue>,
     /// The JSON Schemas of its messages and outputs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub schemas: Vec<SubjectSchema>,
@@ -231,11 +235,12 @@ pub enum Isolation {
 }
 
 impl Manifest {
-    /// Loads and checks a manifest: a file, or a folder that contains `oncely.toml`.
+    /// Loads and checks a manifest: a file, or a folder that contains `oncely.toml`. The tables of
+    /// `environment` are merged over it.
     ///
     /// # Errors
-    /// The file is missing or invalid.
-    pub fn load(path: &Path) -> anyhow::Result<Manifest> {
+    /// The file is missing or invalid, or it has no such environment.
+    pub fn load(path: &Path, environment: Option<&str>) -> anyhow::Result<Manifest> {
         let file = if path.is_dir() {
             path.join(FILE_NAME)
         } else {
@@ -248,13 +253,13 @@ impl Manifest {
         }
         let text = std::fs::read_to_string(&file)
             .with_context(|| format!("read the manifest {}", file.display()))?;
-        Manifest::parse(&text, &file.to_string_lossy())
+        parse::manifest(&text, &file.to_string_lossy(), environment)
     }
 
     /// Parses and checks the text of a manifest. `file_name` is its name in errors; relative paths
     /// start at its folder.
     pub fn parse(text: &str, file_name: &str) -> anyhow::Result<Manifest> {
-        parse::manifest(text, file_name)
+        parse::manifest(text, file_name, None)
     }
 
     /// The warnings about allowed but probably unintended settings, one sentence each.

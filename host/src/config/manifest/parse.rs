@@ -4,9 +4,12 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
+use anyhow::Context;
+
+use crate::config::manifest::environments::Environments;
 use crate::config::manifest::{
     Isolation, Limits, Manifest, OnFailure, OrderingKey, Route, Source, StateKey, Stream, Worker,
-    WorkerEntry, cloud_events, routes, schemas,
+    WorkerEntry, cloud_events, config_values, routes, schemas,
 };
 use crate::config::toml_text::{Located, Section, Text};
 use crate::model::alarm::Thresholds;
@@ -14,7 +17,7 @@ use crate::model::redrive::REDRIVE_STREAM;
 use crate::model::retry::{OnDeterministicFailure, RetryPolicy, WAIT_MAX};
 use crate::model::subject::{check_pattern, covers, is_reserved, overlaps};
 
-pub(super) const MANIFEST_KEYS: [&str; 2] = ["stream", "worker"];
+pub(super) const MANIFEST_KEYS: [&str; 3] = ["stream", "worker", "env"];
 pub(super) const STREAM_KEYS: [&str; 3] = ["name", "subjects", "max_age"];
 pub(super) const WORKER_KEYS: [&str; 22] = [
     "name",
@@ -76,14 +79,44 @@ const NAME_MAX: usize = 63;
 const GIB: u64 = 1 << 30;
 const YEARS: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
-pub(super) fn manifest(text: &str, file_name: &str) -> anyhow::Result<Manifest> {
+/// Parses and checks a manifest and all of its environments. Returns it with `environment` applied.
+pub(super) fn manifest(
+    text: &str,
+    file_name: &str,
+    environment: Option<&str>,
+) -> anyhow::Result<Manifest> {
     let text = Text {
         name: file_name,
         text,
     };
-    let top = text.section("a manifest", &MANIFEST_KEYS)?;
-    let streams = streams(text, &top)?;
-    let folder = Path::new(file_name).parent().unwrap_or(Path::new(""));
+    let parsed = text.parse()?;
+    let span = parsed.span();
+    let mut table = parsed.into_inner();
+    let environments = Environments::take(text, &mut table)?;
+    let top = Section::open(
+        text,
+        "a manifest",
+        span.clone(),
+        table.clone(),
+        &MANIFEST_KEYS,
+    )?;
+    let mut selected = checked_manifest(text, &top)?;
+    environments.check_name(text, environment)?;
+    for overlay in environments.all() {
+        let merged = overlay.merged_into(text, &table)?;
+        let top = Section::open(text, "a manifest", span.clone(), merged, &MANIFEST_KEYS)?;
+        let manifest = checked_manifest(text, &top)
+            .with_context(|| format!("check the environment `{}`", overlay.name))?;
+        if environment == Some(overlay.name.as_str()) {
+            selected = manifest;
+        }
+    }
+    Ok(selected)
+}
+
+fn checked_manifest(text: Text<'_>, top: &Section<'_>) -> anyhow::Result<Manifest> {
+    let streams = streams(text, top)?;
+    let folder = Path::new(text.name).parent().unwrap_or(Path::new(""));
     let mut manifest = Manifest {
         streams,
         workers: Vec::new(),
@@ -200,7 +233,7 @@ fn worker(
         retry: retry(section)?,
         limits: limits(section)?,
         alarm: alarm(section)?,
-        config: section.pairs("config", "[worker.config]")?,
+        config: config_values::parse(text, section)?,
         schemas: schemas::schemas(text, section, folder)?,
         cloudevents: cloud_events::cloud_events(text, section, &outputs)?,
         outputs,

@@ -135,7 +135,7 @@ fn every_key_of_a_manifest_is_read() {
             new_failures: 0,
             clear_after: Duration::from_secs(15),
         },
-        config: [("currency".to_owned(), "EUR".to_owned())].into(),
+        config: [("currency".to_owned(), ConfigValue::Text("EUR".to_owned()))].into(),
         schemas: Vec::new(),
         cloudevents: None,
     };
@@ -516,7 +516,7 @@ fn with_tables(tables: &str) -> anyhow::Result<Manifest> {
     let text = FULL.replacen("[worker.limits]", &tables, 1);
     let file = folder.path().join(FILE_NAME);
     std::fs::write(&file, text).unwrap();
-    Manifest::load(&file)
+    Manifest::load(&file, None)
 }
 
 #[test]
@@ -698,7 +698,7 @@ fn migrations_are_read_by_database_in_name_order() {
 #[test]
 fn a_missing_manifest_is_reported_with_its_path() {
     let folder = tempfile::tempdir().unwrap();
-    let error = Manifest::load(folder.path()).unwrap_err();
+    let error = Manifest::load(folder.path(), None).unwrap_err();
     assert_eq!(
         error.to_string(),
         format!(
@@ -707,7 +707,10 @@ fn a_missing_manifest_is_reported_with_its_path() {
         )
     );
     std::fs::write(folder.path().join(FILE_NAME), FULL).unwrap();
-    assert_eq!(Manifest::load(folder.path()).unwrap().workers.len(), 2);
+    assert_eq!(
+        Manifest::load(folder.path(), None).unwrap().workers.len(),
+        2
+    );
 }
 
 #[test]

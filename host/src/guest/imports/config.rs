@@ -12,15 +12,15 @@ macro_rules! config {
                 &mut self,
                 key: String,
             ) -> wasmtime::Result<Result<Option<String>, $interface::$error>> {
-                Ok(Ok(self.call.worker.config.get(&key).cloned()))
+                Ok(Ok(self.call.config.get(&key).map(str::to_owned)))
             }
 
             async fn get_all(
                 &mut self,
             ) -> wasmtime::Result<Result<Vec<(String, String)>, $interface::$error>> {
-                let config = self.call.worker.config.iter();
+                let config = self.call.config.iter();
                 Ok(Ok(config
-                    .map(|(key, value)| (key.clone(), value.clone()))
+                    .map(|(key, value)| (key.to_owned(), value.to_owned()))
                     .collect()))
             }
         }
