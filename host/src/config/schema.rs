@@ -265,7 +265,7 @@ fn count_references(schema: Value, draft: Draft) -> Value {
         Value::Array(items) => return items.into_iter().map(below).collect(),
         other => return other,
     };
-    let is_reference = |key: &str, value: &Value| REFERENCES.contains(&key) && (value.is_string());
+    let is_reference = |key: &str, value: &Value| REFERENCES.contains(&key) && value.is_string();
     let is_alone = draft.drops_siblings
         && members
             .iter()
