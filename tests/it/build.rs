@@ -196,3 +196,47 @@ fn migrations_are_read_for_each_database_they_are_for() -> Result<()> {
     ensure!(!built && said.contains("2.sql"), "{said}");
     Ok(())
 }
+
+#[test]
+fn env_selects_the_environment_for_build_test_and_dev() -> Result<()> {
+    let folder = tempfile::tempdir().context("create a folder")?;
+    let component = guests::component()?;
+    let text = format!(
+        "{}\n[[env.production.worker]]\nname = \"test\"\ncomponent = {:?}\n",
+        manifest_of(Path::new("missing.wasm"), ""),
+        component.display().to_string()
+    );
+    std::fs::write(folder.path().join("oncely.toml"), text).context("write a manifest")?;
+    let run = |args: &[&str], variable: &str| -> Result<(bool, String)> {
+        let output = Command::new(guests::oncely()?)
+            .args(args)
+            .current_dir(folder.path())
+            .env("NO_COLOR", "1")
+            .env("ONCELY_ENV", variable)
+            .output()
+            .context("run `oncely`")?;
+        Ok((output.status.success(), String::from_utf8(output.stderr)?))
+    };
+
+    // An empty variable counts as unset, and the flag has precedence.
+    let (built, said) = run(&["build"], "")?;
+    ensure!(!built && said.contains("missing.wasm"), "{said}");
+    for (args, variable) in [
+        (&["build"][..], "production"),
+        (&["build", "--env", "production"], ""),
+        (&["build", "--env", "production"], "staging"),
+    ] {
+        let (built, said) = run(args, variable)?;
+        ensure!(built, "{args:?} with {variable:?}: {said}");
+    }
+    for command in ["build", "test", "dev"] {
+        let (succeeded, said) = run(&[command], "staging")?;
+        ensure!(
+            !succeeded
+                && said.contains("there is no environment `staging`")
+                && said.contains("hint: the environments are: production"),
+            "{command}: {said}"
+        );
+    }
+    Ok(())
+}
