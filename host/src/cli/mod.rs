@@ -22,6 +22,7 @@ mod recover;
 mod replay;
 mod rollout;
 mod run;
+mod schema;
 mod serve;
 mod signals;
 mod state;
@@ -60,6 +61,7 @@ enum Command {
     State(state::State),
     Status(status::Status),
     Completions(completions::Completions),
+    Schema(schema::Schema),
     #[command(hide = true)]
     CompileComponent(compile::CompileComponent),
 }
@@ -85,6 +87,7 @@ impl Cli {
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
             Command::Completions(completions) => completions.run(),
+            Command::Schema(schema) => schema.run(),
             Command::CompileComponent(compile) => compile.run(),
         }
     }

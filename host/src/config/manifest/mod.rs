@@ -20,6 +20,7 @@ use crate::model::units;
 mod cloud_events;
 mod config_values;
 mod environments;
+mod json_schema;
 mod migrations;
 mod parse;
 mod routes;
@@ -28,6 +29,7 @@ mod state_keys;
 
 pub use cloud_events::{CloudEvents, CloudEventsMode};
 pub use config_values::{ConfigValue, ResolvedConfig, SecretReference};
+pub use json_schema::json_schema;
 pub use migrations::WorkerMigration;
 pub use parse::check_worker_name;
 pub use routes::{CachePolicy, CacheScope, KeyRule, Route, StoreFailures};

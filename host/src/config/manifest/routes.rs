@@ -25,7 +25,7 @@ pub(super) const ROUTE_KEYS: [&str; 12] = [
 ];
 
 /// The allowed values of `methods`.
-const METHODS: [&str; 7] = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"];
+pub(super) const METHODS: [&str; 7] = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"];
 
 const PATH_EXAMPLE: &str = "\"/accounts/{id}/transfers\"";
 

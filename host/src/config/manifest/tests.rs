@@ -13,7 +13,7 @@ use crate::model::hint::hints;
 use crate::model::retry::OnDeterministicFailure;
 use crate::model::sql::Dialect;
 
-const FULL: &str = r#"
+pub(super) const FULL: &str = r#"
 [[stream]]
 name = "PAYMENTS"
 subjects = ["payments.>"]
