@@ -22,7 +22,7 @@ pub(super) fn precompile(wasm: &[u8]) -> Result<Vec<u8>> {
         .map_err(anyhow::Error::from)
 }
 
-/// The kinds of engines. A component runs in the cheaper one that has what it needs.
+/// The kinds of engines. A component runs in the cheapest one that supports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum EngineKind {
     /// Without async functions, as in WASI 0.2.

@@ -22,6 +22,7 @@ use crate::component::{self, Handler, Surface};
 pub struct Guest {
     pub(super) pre: InstancePre<CallState>,
     pub(super) entry: Entry,
+    handler: Handler,
     surface: Surface,
 }
 
@@ -56,7 +57,8 @@ impl Guest {
             .instantiate_pre(component)
             .map_err(anyhow::Error::from)
             .context("link the component")?;
-        let entry = match surface.handler()? {
+        let handler = surface.handler()?;
+        let entry = match handler {
             Handler::Message => handler::GuestIndices::new(&pre).map(Entry::Handler),
             Handler::AsyncMessage => {
                 async_handler::GuestIndices::new(&pre).map(Entry::AsyncHandler)
@@ -73,26 +75,19 @@ impl Guest {
         Ok(Guest {
             pre,
             entry,
+            handler,
             surface,
         })
     }
 
     /// Whether the component handles the messages of a batch in one call.
     pub fn is_batch_handler(&self) -> bool {
-        matches!(self.entry, Entry::BatchHandler(_))
+        self.handler == Handler::Batch
     }
 
     /// The kind of handler that the component exports.
     pub fn handler(&self) -> Handler {
-        match self.entry {
-            Entry::Handler(_) => Handler::Message,
-            Entry::BatchHandler(_) => Handler::Batch,
-            Entry::Messaging(_) => Handler::Messaging,
-            Entry::Http(_) => Handler::Http,
-            Entry::AsyncHandler(_) => Handler::AsyncMessage,
-            Entry::AsyncHttp(_) => Handler::AsyncHttp,
-            Entry::Nats(_) => Handler::Nats,
-        }
+        self.handler
     }
 
     /// Imports and exports of the component.

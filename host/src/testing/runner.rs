@@ -67,7 +67,7 @@ pub struct Run {
     pub statements: Vec<u64>,
 }
 
-/// What the messages have done so far.
+/// The effects of the messages so far.
 struct Progress {
     state: BatchState,
     outputs: Vec<Output>,
@@ -77,10 +77,10 @@ struct Progress {
 }
 
 impl Runner {
-    /// Delivers messages in order, on top of what is given, and rolls all effects back.
+    /// Delivers messages in order, on top of the given rows and state, and rolls all effects back.
     ///
     /// # Errors
-    /// What is given cannot be inserted, or the database fails.
+    /// The given rows cannot be inserted, or the database fails.
     pub async fn run(
         &self,
         given: &[&Given],
@@ -233,7 +233,7 @@ impl Fault {
     }
 }
 
-/// Inserts what is given. Returns the rows of all tables and the state.
+/// Inserts the given rows. Returns the rows of all tables and the state.
 async fn prepare(
     tx: &mut Tx,
     dialect: Dialect,
@@ -336,7 +336,7 @@ async fn read_effects(
     })
 }
 
-/// The keys whose values differ from what is given.
+/// The keys whose values differ from the given ones.
 fn changed_state(given: &[&Given], state: &BatchState) -> Result<BTreeMap<String, Json>> {
     let mut values: BTreeMap<String, Option<Bytes>> = BTreeMap::new();
     for (key, value) in given.iter().flat_map(|given| &given.state) {

@@ -76,7 +76,7 @@ pub fn json_schema() -> Value {
         .iter()
         .map(|table| (table.name.to_owned(), table.schema(table.required)))
         .collect();
-    // An environment repeats only what it changes.
+    // An environment has only the changed keys.
     let overlay = json!({
         "type": "object",
         "additionalProperties": false,
