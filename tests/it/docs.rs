@@ -12,9 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use support::guests::{
-    go_flags, link_npm_packages, oncely, repository, target_dir, tools_path, zig_folder,
-};
+use support::guests::{go_flags, link_npm_packages, oncely, repository, target_dir, tools_path};
 use support::server::free_port;
 use support::world::{PATIENCE, signal};
 
@@ -438,71 +436,33 @@ fn the_javascript_guide_runs_as_shown() -> Result<()> {
     Ok(())
 }
 
-/// The handler and the tests of the guide to C run together, and the handler is built for the host.
-#[test]
-fn the_c_guide_runs_as_shown() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let oncely = oncely()?;
-    let made = Command::new(&oncely)
-        .args(["new", "orders", "--lang", "c"])
-        .current_dir(folder.path())
+/// Makes a project below `root`, with the two files of the guide to its language.
+fn project_of_guide(root: &Path, language: &str) -> Result<PathBuf> {
+    let made = Command::new(oncely()?)
+        .args(["new", "orders", "--lang", language])
+        .current_dir(root)
         .output()
         .context("run oncely new")?;
     ensure!(made.status.success(), "{made:?}");
-    let folder = folder.path().join("orders");
-    let guide = blocks(&read("docs/c.md")?);
+    let folder = root.join("orders");
+    let guide = blocks(&read(&format!("docs/{language}.md"))?);
     let files: Vec<_> = annotated(&guide, "file", |_| true).collect();
     ensure!(files.len() == 2, "found {} files", files.len());
     for (name, block) in files {
         std::fs::write(folder.join(name), &block.text)?;
     }
-    std::fs::write(
-        folder.join("migrations/0001_orders.sql"),
-        "create table orders (id text primary key, total text not null)",
-    )?;
-    let path = std::env::var("PATH").unwrap_or_default();
-    let tools = zig_folder().map_or_else(String::new, |tools| format!("{}:", tools.display()));
-    for command in ["make test", "\"$ONCELY\" build"] {
-        let output = Command::new("sh")
-            .args(["-c", command])
-            .current_dir(&folder)
-            .env("PATH", format!("{tools}{path}"))
-            .env("ONCELY", &oncely)
-            .output()
-            .context("run a shell")?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "`{command}`: {said}");
-    }
-    Ok(())
+    Ok(folder)
 }
 
-/// The handler and the tests of the guide to Go run together, and the handler is built for a host.
-#[test]
-fn the_go_guide_runs_as_shown() -> Result<()> {
-    let root = tempfile::tempdir()?;
-    let oncely = oncely()?;
-    let made = Command::new(&oncely)
-        .args(["new", "orders", "--lang", "go"])
-        .current_dir(root.path())
-        .output()
-        .context("run oncely new")?;
-    ensure!(made.status.success(), "{made:?}");
-    let folder = root.path().join("orders");
-    let guide = blocks(&read("docs/go.md")?);
-    let files: Vec<_> = annotated(&guide, "file", |_| true).collect();
-    ensure!(files.len() == 2, "found {} files", files.len());
-    for (name, block) in files {
-        std::fs::write(folder.join(name), &block.text)?;
-    }
-    let path = std::env::var("PATH").unwrap_or_default();
-    let tools = repository().join("target/tools/bin");
-    for command in ["go test", "\"$ONCELY\" build"] {
+/// Runs commands in a project with the tools of this repository. `$ONCELY` is the program.
+fn run_in_project(folder: &Path, commands: &[&str], go_flags: &str) -> Result<()> {
+    for command in commands {
         let output = Command::new("sh")
             .args(["-c", command])
-            .current_dir(&folder)
-            .env("PATH", format!("{}:{path}", tools.display()))
-            .env("GOFLAGS", go_flags(&folder, &root.path().join("go.mod"))?)
-            .env("ONCELY", &oncely)
+            .current_dir(folder)
+            .env("PATH", tools_path())
+            .env("GOFLAGS", go_flags)
+            .env("ONCELY", oncely()?)
             .output()
             .context("run a shell")?;
         let said = [output.stdout, output.stderr].concat();
@@ -510,6 +470,27 @@ fn the_go_guide_runs_as_shown() -> Result<()> {
         ensure!(output.status.success(), "`{command}`: {said}");
     }
     Ok(())
+}
+
+/// The handler and the tests of the guide to C run together, and the handler is built for the host.
+#[test]
+fn the_c_guide_runs_as_shown() -> Result<()> {
+    let root = tempfile::tempdir()?;
+    let folder = project_of_guide(root.path(), "c")?;
+    std::fs::write(
+        folder.join("migrations/0001_orders.sql"),
+        "create table orders (id text primary key, total text not null)",
+    )?;
+    run_in_project(&folder, &["make test", "\"$ONCELY\" build"], "")
+}
+
+/// The handler and the tests of the guide to Go run together, and the handler is built for a host.
+#[test]
+fn the_go_guide_runs_as_shown() -> Result<()> {
+    let root = tempfile::tempdir()?;
+    let folder = project_of_guide(root.path(), "go")?;
+    let flags = go_flags(&folder, &root.path().join("go.mod"))?;
+    run_in_project(&folder, &["go test", "\"$ONCELY\" build"], &flags)
 }
 
 #[test]

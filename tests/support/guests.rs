@@ -228,12 +228,6 @@ fn build_go(folder: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The folder of the compiler of Zig, if `make install-tools` has installed it.
-pub fn zig_folder() -> Option<PathBuf> {
-    let tools = repository().join("target/tools/bin");
-    tools.join("zig").exists().then_some(tools)
-}
-
 /// Builds a file in `tests/c-guest` with the SDK, by the rules of the example. The host wraps the
 /// core module.
 fn build_c(name: &str, source: &str, world: &str) -> Result<PathBuf> {
@@ -249,8 +243,6 @@ fn build_c(name: &str, source: &str, world: &str) -> Result<PathBuf> {
         .replace("../../guest-sdk/c", &sdk.to_string_lossy());
     let rules = out.with_extension("mk");
     std::fs::write(&rules, makefile).context("write the rules")?;
-    let path = std::env::var("PATH").unwrap_or_default();
-    let tools = zig_folder().map_or_else(String::new, |tools| format!("{}:", tools.display()));
     let output = Command::new("make")
         .arg("-f")
         .arg(&rules)
@@ -260,7 +252,7 @@ fn build_c(name: &str, source: &str, world: &str) -> Result<PathBuf> {
         })
         .arg(&out)
         .current_dir(repository().join("tests/c-guest"))
-        .env("PATH", format!("{tools}{path}"))
+        .env("PATH", tools_path())
         .output()
         .context("run make")?;
     anyhow::ensure!(
