@@ -279,7 +279,9 @@ cases:
       responses:
         - {status: 200, body: first}
         - {status: 200, headers: {Idempotent-Replayed: "true"}, body: first}
-        - {status: 422, body: {code: idempotency-key-reused, detail: <any>, status: 422, title: <any>, type: <any>}}
+        - status: 422
+          body:
+            {code: idempotency-key-reused, detail: <any>, status: 422, title: <any>, type: <any>}
         - {status: 200, body: {rows: 2}}
       rows:
         effect:
