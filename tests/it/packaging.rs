@@ -1,5 +1,6 @@
 //! The packages of Oncely: the image's files, the systemd unit, and shell completions.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
@@ -22,6 +23,55 @@ fn output(command: &mut Command) -> Result<String> {
 
 fn is_there(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok()
+}
+
+/// The entries of the repository that the host is compiled from, by Cargo's list of its sources.
+fn compiled_entries() -> Result<BTreeSet<String>> {
+    let list = oncely()?.with_extension("d");
+    let text =
+        std::fs::read_to_string(&list).with_context(|| format!("read {}", list.display()))?;
+    let root = repository().canonicalize()?;
+    let (_, sources) = text.split_once(": ").context("find the sources")?;
+    let mut entries = BTreeSet::new();
+    for source in sources.split_whitespace() {
+        let source = Path::new(source).canonicalize();
+        let source = source.with_context(|| format!("find a source of {}", list.display()))?;
+        let first = source.strip_prefix(&root)?.components().next();
+        let first = first.context("find the entry of a source")?;
+        entries.insert(first.as_os_str().to_string_lossy().into_owned());
+    }
+    // These are the output and the history of the repository.
+    entries.retain(|entry| !["target", ".git"].contains(&entry.as_str()));
+    Ok(entries)
+}
+
+// The host includes files of other folders, such as templates, migrations and references.
+#[test]
+fn copies_of_the_repository_have_all_sources_of_the_host() -> Result<()> {
+    let ignored = std::fs::read_to_string(repository().join(".dockerignore"))?;
+    let image: Vec<&str> = ignored
+        .lines()
+        .filter_map(|line| line.strip_prefix('!'))
+        .collect();
+    let script = std::fs::read_to_string(repository().join("scripts/build-mutants"))?;
+    let copy = script.lines().find_map(|line| line.strip_prefix("cp -r "));
+    let mutants: Vec<&str> = copy
+        .context("find the copy of scripts/build-mutants")?
+        .split_whitespace()
+        .collect();
+    let entries = compiled_entries()?;
+    ensure!(
+        ["host", "docs", "guest-sdk"]
+            .iter()
+            .all(|known| entries.contains(*known)),
+        "{entries:?}"
+    );
+    for entry in &entries {
+        let entry = entry.as_str();
+        ensure!(image.contains(&entry), ".dockerignore lacks !{entry}");
+        ensure!(mutants.contains(&entry), "build-mutants lacks {entry}");
+    }
+    Ok(())
 }
 
 #[test]
