@@ -739,14 +739,18 @@ fn every_manifest_key_is_in_the_reference() {
                 "{heading} lacks `{key}`"
             );
         }
-        let documented = section.lines().filter_map(|line| {
-            let (key, _) = line.strip_prefix("| `")?.split_once("` |")?;
-            Some(key)
-        });
-        for key in documented {
+        let documented = section
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `")?.split_once("` |"));
+        for (key, rest) in documented {
             assert!(
                 keys.contains(&key),
                 "{heading} has `{key}`, which is no key"
+            );
+            let (default, meaning) = rest.split_once(" | ").unwrap_or_default();
+            assert!(
+                !default.trim().is_empty() && meaning.len() > 10,
+                "{heading} lacks the default or the meaning of `{key}`"
             );
         }
     }
