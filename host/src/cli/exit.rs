@@ -3,28 +3,38 @@
 use std::fmt;
 use std::process::ExitCode;
 
+use crate::model::explanation::codes;
 use crate::model::hint;
 
-/// The exit code of a command. The numbers are stable for scripts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Exit {
-    /// The command succeeded.
-    Success = 0,
-    /// The command failed.
-    Failure = 1,
-    /// The command line, the manifest or the configuration is invalid. Nothing was executed.
-    Usage = 2,
-    /// The requested worker, version or dead letter does not exist.
-    NotFound = 3,
-    /// The host, its database or NATS is unreachable; the same command may succeed later.
-    Unreachable = 4,
-    /// The replay diverges from its recording.
-    Diverged = 5,
-    /// The recording was cut before the failure; the replay matches up to there.
-    Truncated = 6,
-    /// `oncely deploy --plan`: a deployment would change something.
-    Changes = 10,
+codes! {
+    /// The exit code of a command. The numbers are stable for scripts.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Exit {
+        Success: "0",
+            "The command succeeded.",
+            "Nothing.";
+        Failure: "1",
+            "The command failed.",
+            "Read the error and its hint.";
+        Usage: "2",
+            "The command line, the manifest or the configuration is invalid. Nothing was executed.",
+            "Correct it; the error names the line or the option.";
+        NotFound: "3",
+            "The requested worker, version, dead letter or case does not exist.",
+            "List the existing ones.";
+        Unreachable: "4",
+            "The host, its database or NATS is unreachable.",
+            "Run the same command again later.";
+        Diverged: "5",
+            "`oncely replay`: the replay diverges from its recording.",
+            "Replay with the component of the recorded version, see dead letters.";
+        Truncated: "6",
+            "`oncely replay`: the recording was cut before the failure, and matches up to there.",
+            "Nothing: the recording contains no more.";
+        Changes: "10",
+            "`oncely deploy --plan`: a deployment would change something.",
+            "Deploy, or fail the check in CI.";
+    }
 }
 
 /// An error message with an exit code.
@@ -54,7 +64,8 @@ impl Exit {
 
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> ExitCode {
-        ExitCode::from(exit as u8)
+        let number = exit.as_str().parse();
+        ExitCode::from(number.unwrap_or(u8::MAX))
     }
 }
 

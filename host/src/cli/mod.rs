@@ -12,6 +12,7 @@ mod dev;
 mod dlq;
 mod encode;
 pub mod exit;
+mod explain;
 mod json_text;
 mod lock;
 mod log_line;
@@ -62,6 +63,7 @@ enum Command {
     Status(status::Status),
     Completions(completions::Completions),
     Schema(schema::Schema),
+    Explain(explain::Explain),
     #[command(hide = true)]
     CompileComponent(compile::CompileComponent),
 }
@@ -88,6 +90,7 @@ impl Cli {
             Command::Status(status) => status.run().await,
             Command::Completions(completions) => completions.run(),
             Command::Schema(schema) => schema.run(),
+            Command::Explain(explain) => explain.run(),
             Command::CompileComponent(compile) => compile.run(),
         }
     }

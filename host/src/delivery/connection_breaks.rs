@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{BatchItem, Delivery, FailedCall, Fate, TxOutcome};
 use crate::guest::{CallFailure, FailureKind};
+use crate::model::failure_code::FailureCode;
 use crate::store::StoreError;
 
 /// Number of connection breaks of a message that runs alone before an attempt is counted as failed.
@@ -100,7 +101,8 @@ impl Delivery {
                      {:#}",
                     anyhow::Error::from(error)
                 );
-                let failure = CallFailure::new(FailureKind::Retry, "connection-broken", why);
+                let failure =
+                    CallFailure::new(FailureKind::Retry, FailureCode::ConnectionBroken, why);
                 item.fate = Fate::Failed(FailedCall::without_call(failure));
                 Ok(TxOutcome::Finished)
             }

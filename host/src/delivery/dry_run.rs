@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{CONFLICTS_MAX, Delivery, SharedTx, schema_mismatch, store_error};
 use crate::guest::{CallFailure, CallOutcome, FailureKind};
+use crate::model::failure_code::FailureCode;
 use crate::model::keyed_state::{BatchState, StateEntry};
 use crate::model::message::{Message, Output};
 use crate::model::verdict::Reason;
@@ -130,8 +131,9 @@ impl Delivery {
         }
         state.keep();
         let changes = tx.changes(limit).await?;
-        let refused =
-            |why: &String| CallFailure::new(FailureKind::Retry, "commit-refused", why.as_str());
+        let refused = |why: &String| {
+            CallFailure::new(FailureKind::Retry, FailureCode::CommitRefused, why.as_str())
+        };
         let failure = changes
             .refused
             .as_ref()

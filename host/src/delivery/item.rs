@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::DUPLICATE_WAIT;
 use crate::config::manifest::Worker;
 use crate::guest::{CallFailure, FailureKind, Record};
+use crate::model::failure_code::FailureCode;
 use crate::model::message::Message;
 use crate::model::verdict::{DeadLetter, Reason, Verdict};
 use crate::store::{Claim, Claimed, StoredRecording};
@@ -203,7 +204,7 @@ impl FailedCall {
         let why = format!("{cause:#}");
         FailedCall::without_call(CallFailure::new(
             FailureKind::Retry,
-            "commit-refused",
+            FailureCode::CommitRefused,
             why.as_str(),
         ))
     }

@@ -17,6 +17,7 @@ use crate::fault;
 use crate::guest::{CallFailure, CallOutcome, FailureKind, RequestCall};
 use crate::metrics::Metrics;
 use crate::model::cache_writes::CacheWrites;
+use crate::model::failure_code::FailureCode;
 use crate::model::keyed_state::BatchState;
 use crate::model::message::{self, Message};
 use crate::model::request::{HttpRequest, HttpResponse, RequestKey};
@@ -367,7 +368,7 @@ impl HandlerOutcome {
             (None, Some(response)) => HandlerOutcome::Response(response),
             (None, None) => HandlerOutcome::Failure(CallFailure::new(
                 FailureKind::Retry,
-                "no-response",
+                FailureCode::NoResponse,
                 "the handler returned without a response",
             )),
         }
@@ -377,7 +378,7 @@ impl HandlerOutcome {
 fn commit_refused(cause: &anyhow::Error) -> RequestOutcome {
     RequestOutcome::Failed(CallFailure::new(
         FailureKind::Retry,
-        "commit-refused",
+        FailureCode::CommitRefused,
         format!("{cause:#}"),
     ))
 }

@@ -3,17 +3,19 @@
 use super::{BatchItem, Delivery, Fate};
 use crate::config::manifest::Worker;
 use crate::guest::{CallFailure, FailureKind};
+use crate::model::failure_code::FailureCode;
 use crate::model::message::Message;
 use crate::model::verdict::{DeadLetter, Reason, Verdict};
-
-/// The code of a message, and of an output, that does not fit its schema.
-const CODE: &str = "schema";
 
 /// The failure of a message that does not fit the schema of its subject.
 pub(crate) fn schema_mismatch(worker: &Worker, message: &Message) -> Option<CallFailure> {
     let checked = worker.check_schema(&message.subject, &message.headers, &message.body);
     let why = checked.err()?;
-    Some(CallFailure::new(FailureKind::Reject, CODE, why))
+    Some(CallFailure::new(
+        FailureKind::Reject,
+        FailureCode::Schema,
+        why,
+    ))
 }
 
 impl Delivery {

@@ -15,6 +15,7 @@ use crate::guest::{
     CacheReader, CachedValue, Call, CallFailure, CallOutcome, Database, Guest, GuestEngine,
     PlaybackEnd, RECORD_FORMAT, Record, Recorder,
 };
+use crate::model::failure_code::FailureCode;
 use crate::model::hint::WithHint;
 use crate::model::keyed_state::{BatchState, StateSlot};
 use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
@@ -154,7 +155,7 @@ pub async fn replay(
 fn call(attempt: &Replayable, expected: &CallFailure, config: ResolvedConfig) -> Call {
     let record = &attempt.record;
     let mut worker = attempt.manifest.clone();
-    if expected.code.as_deref() != Some("timeout") {
+    if expected.code.as_deref() != Some(FailureCode::Timeout.as_str()) {
         worker.limits.time = worker.limits.time.max(TIME_LIMIT);
     }
     Call {

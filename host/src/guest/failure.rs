@@ -7,6 +7,7 @@ use wasmtime::Trap;
 
 use super::bindings::oncely::worker::types as wit;
 use super::limiter::Limiter;
+use crate::model::failure_code::FailureCode;
 use crate::model::verdict::PANIC_PREFIX;
 
 /// The result of a handler for one message.
@@ -47,7 +48,7 @@ impl CallFailure {
     /// Adds the panic message and its source file from the log output of a trapped guest. The file
     /// becomes the innermost frame, because the panicking function is often inlined.
     pub(super) fn with_panic_location(mut self, logs: &str) -> Self {
-        if self.code.as_deref() == Some("trap")
+        if self.code.as_deref() == Some(FailureCode::Trap.as_str())
             && let Some(panic) = panic_message(logs)
         {
             self.message = match self.message.split_once(UNREACHABLE) {
@@ -71,10 +72,10 @@ impl CallFailure {
     }
 
     /// A failure with a code and a readable message, without frames.
-    pub fn new(kind: FailureKind, code: &str, message: impl Into<String>) -> Self {
+    pub fn new(kind: FailureKind, code: FailureCode, message: impl Into<String>) -> Self {
         CallFailure {
             kind,
-            code: Some(code.to_owned()),
+            code: Some(code.as_str().to_owned()),
             message: message.into(),
             frames: Vec::new(),
         }
@@ -131,7 +132,7 @@ pub(super) fn check_result_count(
     );
     Err(CallFailure::new(
         FailureKind::Retry,
-        "wrong-result-count",
+        FailureCode::WrongResultCount,
         why,
     ))
 }
@@ -161,7 +162,7 @@ pub(super) fn doomed_failure(
 pub(super) fn timeout_failure(time: Duration) -> CallFailure {
     CallFailure::new(
         FailureKind::Retry,
-        "timeout",
+        FailureCode::Timeout,
         format!("the handler ran longer than its limit of {time:?} (`time` under [worker.limits])"),
     )
 }
@@ -178,7 +179,7 @@ pub(super) fn trap_failure(
             .iec();
         return CallFailure::new(
             FailureKind::Trap,
-            "out-of-memory",
+            FailureCode::OutOfMemory,
             format!(
                 "the handler requested more memory than its limit of {limit} (`memory` under \
                  [worker.limits])"
@@ -194,21 +195,23 @@ pub(super) fn trap_failure(
         Some(Trap::Interrupt) => timeout_failure(time),
         Some(Trap::StackOverflow) => CallFailure::new(
             FailureKind::Trap,
-            "stack-overflow",
+            FailureCode::StackOverflow,
             format!("the handler recursed too deep{place}"),
         ),
-        Some(Trap::UnreachableCodeReached) => {
-            CallFailure::new(FailureKind::Trap, "trap", format!("{UNREACHABLE}{place}"))
-        }
+        Some(Trap::UnreachableCodeReached) => CallFailure::new(
+            FailureKind::Trap,
+            FailureCode::Trap,
+            format!("{UNREACHABLE}{place}"),
+        ),
         Some(trap) => CallFailure::new(
             FailureKind::Trap,
-            "trap",
+            FailureCode::Trap,
             format!("the handler trapped{place}: {trap}"),
         ),
         // An exit, a host call that exceeded a limit, or a failure of the machine.
         None => CallFailure::new(
             FailureKind::Retry,
-            "trap",
+            FailureCode::Trap,
             format!("the handler trapped{place}: {}", error.root_cause()),
         ),
     };

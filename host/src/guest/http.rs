@@ -18,6 +18,7 @@ use wasmtime_wasi_http::p3::bindings::exports::wasi::http::handler as async_hand
 
 use super::failure::{CallFailure, FailureKind, HandlerResult};
 use super::state::CallState;
+use crate::model::failure_code::FailureCode;
 use crate::model::message::Headers;
 use crate::model::request::{HttpRequest, HttpResponse};
 
@@ -81,12 +82,12 @@ fn response_max(state: &CallState) -> usize {
 
 fn no_request() -> CallFailure {
     let why = "an HTTP worker handles requests, not messages";
-    CallFailure::new(FailureKind::Retry, "no-request", why)
+    CallFailure::new(FailureKind::Retry, FailureCode::NoRequest, why)
 }
 
 fn error_response(code: &impl std::fmt::Debug) -> CallFailure {
     let why = format!("the handler returned an error response: {code:?}");
-    CallFailure::new(FailureKind::Retry, "error-response", why)
+    CallFailure::new(FailureKind::Retry, FailureCode::ErrorResponse, why)
 }
 
 /// Calls the handler and waits until it has returned and its response is complete.
@@ -131,7 +132,7 @@ pub(super) async fn serve(
         let why = "the handler returned before it finished the body of its response";
         Err(CallFailure::new(
             FailureKind::Retry,
-            "unfinished-response",
+            FailureCode::UnfinishedResponse,
             why,
         ))
     };
@@ -166,7 +167,7 @@ async fn read_response(
         Ok(Err(code)) => Err(error_response(&code)),
         Err(_) => Err(CallFailure::new(
             FailureKind::Retry,
-            "no-response",
+            FailureCode::NoResponse,
             "the handler returned without a response",
         )),
     }
@@ -181,17 +182,17 @@ where
     B: hyper::body::Body<Data = Bytes>,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let failed = |code: &str, why: String| CallFailure::new(FailureKind::Retry, code, why);
+    let failed = |code: FailureCode, why: String| CallFailure::new(FailureKind::Retry, code, why);
     let (parts, body) = response.into_parts();
     let status = parts.status.as_u16();
     if !FINAL_STATUSES.contains(&status) {
         let (least, most) = (FINAL_STATUSES.start(), FINAL_STATUSES.end());
         let why =
             format!("the handler returned the status {status}; {least} to {most} are allowed");
-        return Err(failed("status-refused", why));
+        return Err(failed(FailureCode::StatusRefused, why));
     }
     let body = Limited::new(body, most).collect().await.map_err(|error| {
-        failed("response-too-large", format!(
+        failed(FailureCode::ResponseTooLarge, format!(
             "failed to read the body of the response: {error}; at most {most} bytes are allowed \
              (`response_size` under [worker.limits])"
         ))

@@ -34,6 +34,7 @@ mod head;
 mod incoming;
 mod key;
 mod problem;
+mod problem_code;
 mod publish;
 mod response;
 mod route_table;
@@ -42,6 +43,7 @@ mod test_requests;
 
 use incoming::ReadRules;
 use problem::Problem;
+pub use problem_code::ProblemCode;
 pub use publish::{PUBLISH_WINDOW, PUBLISHER};
 use publish::{Publication, Publisher};
 use response::respond;

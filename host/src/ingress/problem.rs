@@ -3,6 +3,8 @@
 use bytes::Bytes;
 use serde_json::json;
 
+use super::problem_code::ProblemCode;
+use crate::model::failure_code::FailureCode;
 use crate::model::request::HttpResponse;
 
 /// An error response that does not come from a handler.
@@ -10,7 +12,7 @@ use crate::model::request::HttpResponse;
 pub(super) struct Problem {
     pub status: u16,
     /// Stable; the last part of the problem's type.
-    code: String,
+    code: ProblemCode,
     title: &'static str,
     /// For people. It reveals nothing about the database or the internals of the handler.
     pub detail: String,
@@ -20,10 +22,10 @@ pub(super) struct Problem {
 }
 
 impl Problem {
-    fn new(status: u16, code: &str, title: &'static str, detail: impl Into<String>) -> Self {
+    fn new(status: u16, code: ProblemCode, title: &'static str, detail: impl Into<String>) -> Self {
         Problem {
             status,
-            code: code.to_owned(),
+            code,
             title,
             detail: detail.into(),
             retry_after: None,
@@ -43,7 +45,7 @@ impl Problem {
                       one key for each operation, the same for each retry";
         Problem::new(
             400,
-            "idempotency-key-missing",
+            ProblemCode::KeyMissing,
             "Idempotency-Key is missing",
             detail,
         )
@@ -53,7 +55,7 @@ impl Problem {
         let detail = format!("the Idempotency-Key cannot be used: {why}");
         Problem::new(
             400,
-            "idempotency-key-invalid",
+            ProblemCode::KeyInvalid,
             "Idempotency-Key is invalid",
             detail,
         )
@@ -64,7 +66,7 @@ impl Problem {
                       with another method, path, query, content type or body";
         Problem::new(
             422,
-            "idempotency-key-reused",
+            ProblemCode::KeyReused,
             "Idempotency-Key is already used",
             detail,
         )
@@ -74,7 +76,7 @@ impl Problem {
         let detail = "a request with this Idempotency-Key is in progress; retry with the same key";
         Problem::new(
             409,
-            "request-in-progress",
+            ProblemCode::InProgress,
             "A request is outstanding for this Idempotency-Key",
             detail,
         )
@@ -84,7 +86,7 @@ impl Problem {
     pub(super) fn not_found() -> Self {
         Problem::new(
             404,
-            "no-such-route",
+            ProblemCode::NoSuchRoute,
             "Not found",
             "no route matches this path",
         )
@@ -93,7 +95,7 @@ impl Problem {
     pub(super) fn starting() -> Self {
         Problem::new(
             503,
-            "starting",
+            ProblemCode::Starting,
             "Starting",
             "the host and its workers are starting; retry soon",
         )
@@ -105,14 +107,19 @@ impl Problem {
         let detail = format!("this path allows {allowed}");
         Problem {
             allow: Some(allowed),
-            ..Problem::new(405, "method-not-allowed", "Method not allowed", detail)
+            ..Problem::new(
+                405,
+                ProblemCode::MethodNotAllowed,
+                "Method not allowed",
+                detail,
+            )
         }
     }
 
     pub(super) fn subject_refused(status: u16, why: impl Into<String>) -> Self {
         Problem::new(
             status,
-            "subject-refused",
+            ProblemCode::SubjectRefused,
             "The subject cannot be published to",
             why,
         )
@@ -122,7 +129,7 @@ impl Problem {
     pub(super) fn host_refused(why: &str) -> Self {
         Problem::new(
             400,
-            "host-refused",
+            ProblemCode::HostRefused,
             "The request does not name exactly one host",
             why,
         )
@@ -131,7 +138,12 @@ impl Problem {
     pub(super) fn caller_ambiguous(header: &str) -> Self {
         let detail =
             format!("the header `{header}` identifies the caller and occurs twice; send it once");
-        Problem::new(400, "caller-ambiguous", "The caller is ambiguous", detail)
+        Problem::new(
+            400,
+            ProblemCode::CallerAmbiguous,
+            "The caller is ambiguous",
+            detail,
+        )
     }
 
     /// `header` cannot be a header of the message.
@@ -139,7 +151,7 @@ impl Problem {
         let detail = format!("the header `{header}` cannot be published: {why}");
         Problem::new(
             400,
-            "header-refused",
+            ProblemCode::HeaderRefused,
             "A header cannot be published",
             detail,
         )
@@ -148,12 +160,22 @@ impl Problem {
     pub(super) fn body_refused() -> Self {
         let detail = "responses of this path are cached by path, query and headers; \
                       send the request without a body";
-        Problem::new(400, "body-refused", "This path takes no body", detail)
+        Problem::new(
+            400,
+            ProblemCode::BodyRefused,
+            "This path takes no body",
+            detail,
+        )
     }
 
     pub(super) fn body_too_large(max: usize) -> Self {
         let detail = format!("the body has more than {max} bytes");
-        Problem::new(413, "body-too-large", "The body is too large", detail)
+        Problem::new(
+            413,
+            ProblemCode::BodyTooLarge,
+            "The body is too large",
+            detail,
+        )
     }
 
     /// A message above the limit of the NATS server.
@@ -162,20 +184,30 @@ impl Problem {
             "the message has {size} bytes with its headers; \
              the limit of the NATS server is {max} (max_payload)"
         );
-        Problem::new(413, "body-too-large", "The message is too large", detail)
+        Problem::new(
+            413,
+            ProblemCode::BodyTooLarge,
+            "The message is too large",
+            detail,
+        )
     }
 
     pub(super) fn no_stream(subject: &str) -> Self {
         let detail =
             format!("no stream accepts the subject `{subject}`, so the message cannot be stored");
-        Problem::new(404, "no-stream", "No stream accepts this subject", detail)
+        Problem::new(
+            404,
+            ProblemCode::NoStream,
+            "No stream accepts this subject",
+            detail,
+        )
     }
 
     pub(super) fn headers_too_large(size: usize, max: usize) -> Self {
         let detail = format!("the headers have {size} bytes together; the limit is {max}");
         Problem::new(
             431,
-            "headers-too-large",
+            ProblemCode::HeadersTooLarge,
             "The headers are too large",
             detail,
         )
@@ -184,7 +216,7 @@ impl Problem {
     pub(super) fn body_incomplete() -> Self {
         Problem::new(
             400,
-            "request-torn",
+            ProblemCode::RequestTorn,
             "The request is incomplete",
             "the body ended early",
         )
@@ -192,29 +224,34 @@ impl Problem {
 
     pub(super) fn too_slow() -> Self {
         let detail = "the body arrived too slowly; nothing was done";
-        Problem::new(408, "request-timeout", "The request took too long", detail)
+        Problem::new(
+            408,
+            ProblemCode::RequestTimeout,
+            "The request took too long",
+            detail,
+        )
     }
 
     /// The memory for request bodies is exhausted.
     pub(super) fn no_memory() -> Self {
         let detail = "the memory for request bodies is exhausted; nothing was done";
-        Problem::new(503, "busy", "Too busy", detail).retry_after(1)
+        Problem::new(503, ProblemCode::Busy, "Too busy", detail).retry_after(1)
     }
 
     pub(super) fn busy() -> Self {
         let detail = "too many requests wait for this worker; nothing was done";
-        Problem::new(503, "busy", "Too busy", detail).retry_after(1)
+        Problem::new(503, ProblemCode::Busy, "Too busy", detail).retry_after(1)
     }
 
     pub(super) fn unavailable() -> Self {
         let detail =
             "the database is unavailable, or too many transactions conflicted; nothing was done";
-        Problem::new(503, "unavailable", "Unavailable", detail).retry_after(1)
+        Problem::new(503, ProblemCode::Unavailable, "Unavailable", detail).retry_after(1)
     }
 
     /// It is unknown whether the request took effect.
     pub(super) fn outcome_unknown(has_key: bool) -> Self {
-        let (code, title) = ("outcome-unknown", "The outcome is unknown");
+        let (code, title) = (ProblemCode::OutcomeUnknown, "The outcome is unknown");
         match has_key {
             true => {
                 let detail = "retry with the same Idempotency-Key to get the final response";
@@ -232,8 +269,10 @@ impl Problem {
     /// The handler was cut off, or violated the protocol.
     pub(super) fn failed(code: Option<&str>) -> Self {
         let (status, code) = match code {
-            Some("timeout") => (504, "handler-timeout"),
-            _ => (500, "handler-failed"),
+            Some(code) if code == FailureCode::Timeout.as_str() => {
+                (504, ProblemCode::HandlerTimeout)
+            }
+            _ => (500, ProblemCode::HandlerFailed),
         };
         let detail = "the handler of this request failed and had no effect; \
                       the same request may be retried";
@@ -253,11 +292,11 @@ impl Problem {
     /// The problem as a response.
     pub(super) fn response(&self) -> HttpResponse {
         let body = json!({
-            "type": format!("urn:oncely:problem:{}", self.code),
+            "type": format!("urn:oncely:problem:{}", self.code.as_str()),
             "title": self.title,
             "status": self.status,
             "detail": self.detail,
-            "code": self.code,
+            "code": self.code.as_str(),
         });
         let mut headers = vec![
             (

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use crate::model::explanation::Explanation;
 use crate::model::failure_group::FailureGroup;
 use crate::model::message::{Output, OutputKind};
 use crate::model::units;
@@ -125,6 +126,57 @@ impl Kind {
             Kind::CannotRun => "cannot-run",
             Kind::Database => "database",
             Kind::NewFailure => "new-failure",
+        }
+    }
+
+    /// The condition of the alarm, and the reaction to it.
+    pub fn explanation(self) -> Explanation {
+        let (meaning, action) = match self {
+            Kind::DeadLetters => (
+                "Too many dead letters of a worker are open.",
+                "`oncely dlq list --groups` groups them; fix the largest group and redrive it.",
+            ),
+            Kind::DeadLetterAge => (
+                "A dead letter has been open for too long.",
+                "Redrive, resolve or drop it: `oncely dlq list`.",
+            ),
+            Kind::UnhandledAge => (
+                "A message has waited on the stream for too long.",
+                "Check `oncely status` for stopped hosts, slow handlers and retries.",
+            ),
+            Kind::UnpublishedAge => (
+                "A committed output has been unpublished for too long.",
+                "Check the NATS server and its streams: `oncely outbox list --unpublished`.",
+            ),
+            Kind::Parked => (
+                "Outputs are parked until an operator decides. Each blocks its key.",
+                "`oncely outbox list` has the reasons; fix them, then retry or drop the outputs.",
+            ),
+            Kind::IdTaken => (
+                "A stream already held other messages under the ids of outputs.",
+                "Find the publisher that uses these ids; the outputs have other ids now.",
+            ),
+            Kind::Restored => (
+                "The database and NATS disagree: one of them was restored to an earlier time.",
+                "Follow the guide to restores, and run `oncely recover`.",
+            ),
+            Kind::CannotRun => (
+                "A deployed worker does not run, or receives no messages.",
+                "The text of the alarm has the reason; `oncely workers` shows it, too.",
+            ),
+            Kind::Database => (
+                "The database accepts no writes of a host.",
+                "Check disk space, read-only mode and standbys of the database.",
+            ),
+            Kind::NewFailure => (
+                "Messages fail in a way that is new for their worker.",
+                "`oncely dlq list` shows the failure; a recent deployment is a likely cause.",
+            ),
+        };
+        Explanation {
+            code: self.as_str(),
+            meaning,
+            action,
         }
     }
 

@@ -6,6 +6,8 @@ pub mod breaker;
 pub mod cache_writes;
 pub mod cloud_events;
 pub mod dead_letter;
+pub mod explanation;
+pub mod failure_code;
 pub mod failure_group;
 pub mod hint;
 pub mod invalidation;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::model::explanation::codes;
 use crate::model::message::Message;
 
 /// The prefix of a panic's message in the detail of a failure.
@@ -61,40 +62,34 @@ impl Settled {
     }
 }
 
-/// The reason why a message is dead-lettered. [`Reason::as_str`] is its public name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reason {
-    /// The handler rejected it.
-    Rejected,
-    /// The handler failed, trapped, or ran out of time or memory as often as the manifest allows.
-    AttemptsExhausted,
-    /// The handler trapped twice in the same way, after exactly the same host calls and results.
-    DeterministicFailure,
-    /// The handler sent an output that it may not send.
-    OutputRefused,
-    /// The event id was used before with another subject or body.
-    IdReuse,
-    /// The publisher's event id cannot be used.
-    InvalidId,
-    /// The headers cannot be read.
-    Unreadable,
-    /// Hosts crashed repeatedly while they handled it.
-    CrashedHost,
-}
-
-impl Reason {
-    /// The name in lists, filters and headers.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Reason::Rejected => "rejected",
-            Reason::AttemptsExhausted => "attempts-exhausted",
-            Reason::DeterministicFailure => "deterministic-failure",
-            Reason::OutputRefused => "output-refused",
-            Reason::IdReuse => "id-reuse",
-            Reason::InvalidId => "invalid-id",
-            Reason::Unreadable => "unreadable",
-            Reason::CrashedHost => "crashed-host",
-        }
+codes! {
+    /// The reason why a message is dead-lettered. [`Reason::as_str`] is its public name.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Reason {
+        Rejected: "rejected",
+            "The handler rejected it: retries are useless. Or it does not fit its schema.",
+            "Correct the publisher or the handler, then redrive, or drop it.";
+        AttemptsExhausted: "attempts-exhausted",
+            "The handler failed, trapped, or ran out of time or memory in every attempt.",
+            "Find the cause in the failure history of `oncely dlq show`, fix it, and redrive.";
+        DeterministicFailure: "deterministic-failure",
+            "The handler trapped twice in the same way, after the same host calls and results.",
+            "Fix the handler (`oncely replay` runs the attempt again), deploy it, and redrive.";
+        OutputRefused: "output-refused",
+            "The handler sent an output that it may not send.",
+            "Add the subject to `outputs`, or fix the handler, then redrive.";
+        IdReuse: "id-reuse",
+            "The event id was used before with another subject or body.",
+            "Publish the body under a new id, and resolve the dead letter.";
+        InvalidId: "invalid-id",
+            "The publisher's event id cannot be used, or the message is a batch of CloudEvents.",
+            "Correct the publisher. A redrive uses the position on the stream as the id.";
+        Unreadable: "unreadable",
+            "The headers or the subject cannot be read.",
+            "Publish the body under a new id with valid headers, and resolve the dead letter.";
+        CrashedHost: "crashed-host",
+            "Hosts crashed repeatedly while they handled it.",
+            "Read the logs of the hosts, fix the handler or the host, and redrive.";
     }
 }
 

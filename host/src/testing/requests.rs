@@ -10,6 +10,7 @@ use crate::delivery::SharedTx;
 use crate::delivery::request::{HandlerOutcome, request_message};
 use crate::guest::{CallFailure, FailureKind};
 use crate::ingress::{AdmittedRequest, TestRequests};
+use crate::model::failure_code::FailureCode;
 use crate::model::request::{HttpRequest, HttpResponse};
 use crate::store::ClaimedRequest;
 
@@ -58,7 +59,8 @@ impl Runner {
         let (response, stored) = match handled {
             HandlerOutcome::Response(response) => (response.clone(), Some(response)),
             HandlerOutcome::Conflict(message) => {
-                let failure = CallFailure::new(FailureKind::Conflict, "conflict", message);
+                let failure =
+                    CallFailure::new(FailureKind::Conflict, FailureCode::Conflict, message);
                 admitted.failed(&failure)
             }
             HandlerOutcome::Failure(failure) => {

@@ -21,6 +21,7 @@ use crate::guest::{
     Recorder, RequestCall, WarmInstance,
 };
 use crate::ingress::TestRequests;
+use crate::model::failure_code::FailureCode;
 use crate::model::keyed_state::{BatchState, StateSlot};
 use crate::model::message::{Headers, Message, Output, OutputKind};
 use crate::model::sql::{DatabaseError, Dialect, Rows, SqlError, SqlLimits, Value};
@@ -268,7 +269,8 @@ impl Runner {
                 ..Effects::default()
             },
             Some(refusal) => {
-                let failure = CallFailure::new(FailureKind::Retry, "commit-refused", refusal);
+                let failure =
+                    CallFailure::new(FailureKind::Retry, FailureCode::CommitRefused, refusal);
                 for result in &mut results {
                     *result = match self.answers_requests() {
                         true => refused_commit(&failure).await?,

@@ -15,6 +15,7 @@ use super::bindings::wasi::logging::logging;
 use super::failure::{CallFailure, FailureKind};
 use super::record::{HostCall, HostResult};
 use super::state::CallState;
+use crate::model::failure_code::FailureCode;
 use crate::model::message::{self, Message};
 use crate::model::units;
 
@@ -39,7 +40,7 @@ impl HasData for AsyncHost {
 
 impl CallState {
     /// Dooms the delivery. The first failure wins.
-    fn doom(&mut self, kind: FailureKind, code: &str, why: &str) {
+    fn doom(&mut self, kind: FailureKind, code: FailureCode, why: &str) {
         self.doomed
             .get_or_insert_with(|| CallFailure::new(kind, code, why));
     }

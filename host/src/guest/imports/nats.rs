@@ -19,6 +19,7 @@ use crate::guest::bucket::{Bucket, MessageHandle, PullConsumer};
 use crate::guest::failure::FailureKind;
 use crate::guest::record::{HostCall, HostResult};
 use crate::guest::state::CallState;
+use crate::model::failure_code::FailureCode;
 use crate::model::message::Message;
 use types::{Denial, DenialReason, DeniedResource, NatsError, NatsMessage};
 
@@ -243,7 +244,7 @@ impl<U: Send> jetstream::HostMessageHandleWithStore<U> for AsyncHost {
             None => FailureKind::Retry,
         };
         let why = "the handler sent a negative acknowledgement";
-        accessor.with(|mut access| access.get().doom(kind, "nak", why));
+        accessor.with(|mut access| access.get().doom(kind, FailureCode::Nak, why));
         Ok(Ok(()))
     }
 
@@ -254,7 +255,11 @@ impl<U: Send> jetstream::HostMessageHandleWithStore<U> for AsyncHost {
     /// Dead-letters the message, whatever the handler returns.
     async fn term(accessor: &Accessor<U, Self>, _: Resource<MessageHandle>) -> Outcome<()> {
         let why = "the handler terminated the message";
-        accessor.with(|mut access| access.get().doom(FailureKind::Reject, "term", why));
+        accessor.with(|mut access| {
+            access
+                .get()
+                .doom(FailureKind::Reject, FailureCode::Term, why)
+        });
         Ok(Ok(()))
     }
 }

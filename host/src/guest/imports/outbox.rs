@@ -9,6 +9,7 @@ use crate::guest::bindings::oncely::worker::outbox;
 use crate::guest::failure::FailureKind;
 use crate::guest::record::{HostCall, OutgoingMessage};
 use crate::guest::state::CallState;
+use crate::model::failure_code::FailureCode;
 use crate::model::message::{
     self, DELAY_MAX, EVENT_ID_MAX, Headers, Message, Output, OutputKind, output_id,
 };
@@ -52,7 +53,7 @@ impl outbox::Host for CallState {
             Err(error) => {
                 self.doom(
                     FailureKind::OutputRefused,
-                    "output-refused",
+                    FailureCode::OutputRefused,
                     error_message(&error),
                 );
                 Ok(Err(error))

@@ -6,6 +6,7 @@ use crate::guest::bindings::oncely::worker::sql;
 use crate::guest::failure::FailureKind;
 use crate::guest::record::{HostCall, HostResult};
 use crate::guest::state::CallState;
+use crate::model::failure_code::FailureCode;
 use crate::model::sql::{
     self as sql_text, DatabaseError, Dialect, Rows, SqlError, StatementFacts, Value,
 };
@@ -80,10 +81,10 @@ impl CallState {
             _ => FailureKind::Retry,
         };
         let code = match &error {
-            SqlError::ConstraintViolation(_) => "constraint-violation",
-            SqlError::Timeout => "timeout",
-            SqlError::Conflict(_) => "conflict",
-            _ => "sql",
+            SqlError::ConstraintViolation(_) => FailureCode::ConstraintViolation,
+            SqlError::Timeout => FailureCode::Timeout,
+            SqlError::Conflict(_) => FailureCode::Conflict,
+            _ => FailureCode::Sql,
         };
         let dooms = !matches!(
             error,

@@ -4,6 +4,7 @@ mod filter;
 mod functions;
 mod lexer;
 
+use crate::model::explanation::codes;
 use serde::{Deserialize, Serialize};
 
 use crate::model::base64_text;
@@ -147,6 +148,57 @@ pub enum SqlError {
     Timeout,
     /// The transaction is aborted.
     TransactionFailed(String),
+}
+
+codes! {
+    /// The variant of an error that a guest gets for a statement.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum SqlErrorCode {
+        ConstraintViolation: "constraint-violation",
+            "A constraint was violated. The error names it. The delivery has failed.",
+            "Check before the statement, or use `on conflict`.";
+        Conflict: "conflict",
+            "Another transaction interfered. The host runs the delivery again.",
+            "Return the error.";
+        QueryFailed: "query-failed",
+            "The database refused the statement for another reason. The delivery has failed.",
+            "Correct the statement; the message is that of the database.";
+        NotAllowed: "not-allowed",
+            "Workers may not run this kind of statement, or call this function.",
+            "Use a permitted statement; the message names the rule.";
+        InvalidParameter: "invalid-parameter",
+            "A parameter does not parse as its type.",
+            "Pass a value of the type, or validate it before.";
+        UnsupportedType: "unsupported-type",
+            "A column has a type that the interface cannot represent.",
+            "Cast the column, for example to text.";
+        TooLarge: "too-large",
+            "The statement or its result exceeds the limits, or there are too many statements.",
+            "Read less at once, or raise the limit under `[worker.limits]`.";
+        Timeout: "timeout",
+            "The time limit of the delivery was reached during the statement.",
+            "Make the statement faster, or raise `time` under `[worker.limits]`.";
+        TransactionFailed: "transaction-failed",
+            "An earlier statement failed, or the database is unreachable.",
+            "Return the first error.";
+    }
+}
+
+impl SqlError {
+    /// The code of the variant.
+    pub fn code(&self) -> SqlErrorCode {
+        match self {
+            SqlError::ConstraintViolation(_) => SqlErrorCode::ConstraintViolation,
+            SqlError::Conflict(_) => SqlErrorCode::Conflict,
+            SqlError::QueryFailed(_) => SqlErrorCode::QueryFailed,
+            SqlError::NotAllowed(_) => SqlErrorCode::NotAllowed,
+            SqlError::InvalidParameter(_) => SqlErrorCode::InvalidParameter,
+            SqlError::UnsupportedType(_) => SqlErrorCode::UnsupportedType,
+            SqlError::TooLarge(_) => SqlErrorCode::TooLarge,
+            SqlError::Timeout => SqlErrorCode::Timeout,
+            SqlError::TransactionFailed(_) => SqlErrorCode::TransactionFailed,
+        }
+    }
 }
 
 impl std::fmt::Display for SqlError {
