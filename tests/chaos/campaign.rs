@@ -156,8 +156,9 @@ impl Harm {
         leases: 1,
     };
 
-    /// Applied to every mutant, in addition to its exposure.
-    pub const FOR_MUTANTS: Harm = Harm {
+    /// Applied to the unchanged host that runs beside the mutants, in addition to its exposure. A
+    /// mutant gets its exposure alone.
+    pub const OF_ALL_MUTANTS: Harm = Harm {
         each_point: 0,
         kills: 2,
         pauses: 1,
