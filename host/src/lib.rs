@@ -53,6 +53,8 @@ mod component;
 pub mod config;
 // Metrics and health.
 pub mod metrics;
+// Requests to other servers over HTTP and HTTPS, by hyper and rustls.
+mod https;
 
 // Ordered shutdown.
 pub mod drain;
