@@ -1,4 +1,4 @@
-//! `oncely test`: cases of messages and their effects.
+//! `oncely test`: cases of messages and requests, and their effects.
 
 use std::path::Path;
 use std::process::Command;
@@ -23,8 +23,37 @@ fn test(folder: &Path, args: &[&str]) -> Result<(i32, String)> {
 
 /// A folder with a manifest and one file of cases.
 fn project(settings: &str, cases: &str) -> Result<tempfile::TempDir> {
+    project_of(&manifest_of(&guests::component()?, settings), cases)
+}
+
+/// The same, for a worker that answers requests.
+fn http_project(routes: &str, cases: &str) -> Result<tempfile::TempDir> {
+    let manifest = format!(
+        r#"
+[[stream]]
+name = "OUT"
+subjects = ["out.>"]
+
+[[worker]]
+name = "test"
+component = "{}"
+migrations = "{}"
+outputs = ["out.>"]
+
+[worker.limits]
+time = "1s"
+{routes}
+"#,
+        guests::http_component()?.display(),
+        guests::repository()
+            .join("tests/guests/migrations")
+            .display()
+    );
+    project_of(&manifest, cases)
+}
+
+fn project_of(manifest: &str, cases: &str) -> Result<tempfile::TempDir> {
     let folder = tempfile::tempdir()?;
-    let manifest = manifest_of(&guests::component()?, settings);
     std::fs::write(folder.path().join("oncely.toml"), manifest)?;
     std::fs::create_dir(folder.path().join("tests"))?;
     std::fs::write(folder.path().join("tests/cases.yaml"), cases)?;
@@ -202,6 +231,157 @@ cases:
     Ok(())
 }
 
+const ROUTES: &str = r#"
+[[worker.route]]
+path = "/do"
+methods = ["POST", "PUT"]
+
+[[worker.route]]
+path = "/do/all"
+methods = ["POST"]
+store_failures = "all"
+
+[[worker.route]]
+path = "/events/{event}"
+methods = ["GET"]
+cache = "10s"
+"#;
+
+const REQUESTS: &str = r#"
+cases:
+  - name: a request has effects and a response
+    given:
+      state: {count: "4"}
+    request:
+      method: POST
+      path: /do
+      body: {event: e1, do: [effect, state, send], status: 201, say: '{"ok": true}'}
+    expect:
+      response:
+        status: 201
+        headers: {Content-Type: application/json, x-nonce: <any>}
+        body: {ok: true}
+      outputs:
+        - {subject: out.http, body: {event: e1, nonce: <any>}}
+      state: {count: "5"}
+      rows:
+        effect:
+          - insert: {event_id: e1, account: a, delta: -1}
+          - insert: {event_id: e1, account: b, delta: 1}
+
+  - name: a key is handled once
+    requests:
+      - {method: POST, path: /do, key: one, body: {event: e1, do: [effect], say: first}}
+      - {method: POST, path: /do, key: one, body: {event: e1, do: [effect], say: first}}
+      - {method: POST, path: /do, key: one, body: {event: e2, do: [effect]}}
+      - {path: /events/e1}
+    expect:
+      responses:
+        - {status: 200, body: first}
+        - {status: 200, headers: {Idempotent-Replayed: "true"}, body: first}
+        - {status: 422, body: {code: idempotency-key-reused, detail: <any>, status: 422, title: <any>, type: <any>}}
+        - {status: 200, body: {rows: 2}}
+      rows:
+        effect:
+          - insert: {event_id: e1, account: a}
+          - insert: {event_id: e1, account: b}
+
+  - name: failures leave nothing
+    requests:
+      - {method: POST, path: /do, body: {event: e1, do: [effect, send, state], status: 409}}
+      - {method: POST, path: /do, body: {event: e1, do: [effect, violate]}}
+      - {method: POST, path: /do, body: {event: e1, do: [effect, trap]}}
+      - {method: POST, path: /do/all, key: all, body: {event: e1, do: [effect, trap]}}
+      - {method: POST, path: /do/all, key: all, body: {event: e1, do: [effect, trap]}}
+      - {path: "/events/e1?write"}
+      - {method: POST, path: /do, body: {event: e2, do: [effect]}}
+    expect:
+      responses:
+        - 409
+        - 500
+        - 500
+        - 500
+        - {status: 500, headers: {Idempotent-Replayed: "true"}}
+        - 500
+        - 200
+      outputs: []
+      state: {}
+      rows:
+        effect:
+          - insert: {event_id: e2}
+          - insert: {event_id: e2}
+
+  - name: a handler has a time limit
+    request: {method: POST, path: /do, body: {event: e1, do: [spin]}}
+    expect:
+      response: 504
+
+  - name: the ingress refuses requests
+    requests:
+      - {method: POST, path: /do, key: null, body: {event: e1}}
+      - {method: POST, path: /nowhere}
+      - {method: DELETE, path: /do}
+      - {method: POST, path: /do, headers: {Authorization: [a, b]}}
+    expect:
+      responses:
+        - {status: 400, headers: {content-type: application/problem+json}}
+        - 404
+        - {status: 405, headers: {Allow: "POST, PUT"}}
+        - 400
+      rows: {}
+"#;
+
+#[test]
+fn cases_of_requests_pass_on_sqlite() -> Result<()> {
+    let folder = http_project(ROUTES, REQUESTS)?;
+    let args = ["--torture", "--race", "--junit", "report.xml"];
+    let (code, text) = test(folder.path(), &args)?;
+    ensure!(code == 0 && text.contains("10 passed, 0 failed"), "{text}");
+    ensure!(
+        text.contains("no races: requests have no ordering key"),
+        "{text}"
+    );
+    let report = std::fs::read_to_string(folder.path().join("report.xml"))?;
+    ensure!(report.contains(r#"tests="10""#), "{report}");
+    Ok(())
+}
+
+#[test]
+fn cases_of_requests_pass_on_postgres() -> Result<()> {
+    let url = postgres::shared().url("postgres");
+    let folder = http_project(ROUTES, REQUESTS)?;
+    let (code, text) = test(folder.path(), &["--postgres", &url, "--torture"])?;
+    ensure!(code == 0 && text.contains("10 passed, 0 failed"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_different_response_fails_and_is_accepted_by_update() -> Result<()> {
+    let wrong = REQUESTS
+        .replace("body: {ok: true}", "body: {ok: false}")
+        .replace("response: 504", "response: 200");
+    let folder = http_project(ROUTES, &wrong)?;
+    let (code, text) = test(folder.path(), &[])?;
+    assert_eq!(code, 1, "{text}");
+    for line in [
+        "3 passed, 2 failed",
+        "-    ok: false",
+        "+    ok: true",
+        "-response: 200",
+        "+response: 504",
+        "request failed: the handler ran longer than its limit of 1s",
+    ] {
+        ensure!(text.contains(line), "{line} is missing:\n{text}");
+    }
+    let (code, text) = test(folder.path(), &["--update"])?;
+    ensure!(code == 0, "{text}");
+    let updated = std::fs::read_to_string(folder.path().join("tests/cases.yaml"))?;
+    ensure!(updated.contains("x-nonce: <any>"), "{updated}");
+    let (code, text) = test(folder.path(), &[])?;
+    ensure!(code == 0, "{text}");
+    Ok(())
+}
+
 const RACERS: &str = r#"
 cases:
   - name: first
@@ -283,6 +463,26 @@ fn mistakes_in_cases_are_explained() -> Result<()> {
             "{said}"
         );
     }
+    for (text, sentence) in [
+        (
+            "message: {subject: in.x}",
+            "worker test answers requests: write `request`",
+        ),
+        (
+            "request: {path: /do}, expect: {result: done}",
+            "requests have no `result`",
+        ),
+        ("requests: []", "either `request` or `requests`"),
+        ("request: {path: do}", "request 1 must begin with /"),
+        ("request: {method: 'no way', path: /do}", "read NO WAY /do"),
+    ] {
+        let folder = http_project(ROUTES, &format!("cases: [{{name: x, {text}}}]"))?;
+        let (code, said) = test(folder.path(), &[])?;
+        ensure!(code == 1 && said.contains(sentence), "{text}\n{said}");
+    }
+    let folder = project("", "cases: [{name: x, request: {path: /do}}]")?;
+    let (_, said) = test(folder.path(), &[])?;
+    ensure!(said.contains("worker test has no routes"), "{said}");
     let folder = project("", "cases: []")?;
     std::fs::remove_dir_all(folder.path().join("tests"))?;
     let (code, said) = test(folder.path(), &[])?;

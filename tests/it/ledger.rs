@@ -1,5 +1,6 @@
 //! `examples/ledger`: the books balance under retries, concurrency and direct changes.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +15,10 @@ mod holds;
 
 /// The example itself, with prebuilt components.
 async fn start(kind: Kind) -> Result<World> {
+    World::start(kind, &manifest()?).await
+}
+
+fn manifest() -> Result<String> {
     let folder = guests::repository().join("examples/ledger");
     let mut manifest = std::fs::read_to_string(folder.join("oncely.toml"))?;
     for (name, component) in [
@@ -31,7 +36,28 @@ async fn start(kind: Kind) -> Result<World> {
                 &format!("migrations = \"{}\"", migrations.display()),
             );
     }
-    World::start(kind, &manifest).await
+    Ok(manifest)
+}
+
+#[test]
+fn the_cases_of_the_example_pass() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let cases = folder.path().join("tests");
+    std::fs::write(folder.path().join("oncely.toml"), manifest()?)?;
+    std::fs::create_dir(&cases)?;
+    for name in ["transfers.yaml", "totals.yaml"] {
+        let from = guests::repository()
+            .join("examples/ledger/tests")
+            .join(name);
+        std::fs::copy(from, cases.join(name))?;
+    }
+    let output = Command::new(guests::oncely()?)
+        .args(["test", "--torture"])
+        .arg(folder.path())
+        .output()?;
+    let text = String::from_utf8(output.stdout)?;
+    ensure!(text.contains("10 passed, 0 failed"), "{text}");
+    Ok(())
 }
 
 /// Like [`start`], with an account `world` without limit, and accounts that have 10.00 EUR each.

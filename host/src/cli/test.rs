@@ -14,19 +14,20 @@ use super::client::{DATA_DIR, make_data_dir};
 use super::exit::Exit;
 use super::term;
 use crate::config::CompileSettings;
-use crate::config::manifest::{Manifest, WorkerEntry};
+use crate::config::manifest::{Manifest, Worker, WorkerEntry};
 use crate::guest::{Guest, GuestEngine};
+use crate::ingress::TestRequests;
 use crate::model::hint::WithHint;
 use crate::store::{PostgresStore, ScratchDatabase, SqliteStore, Store};
 use crate::testing::{
-    Case, CaseFile, Delivered, Effects, Fault, Racer, Runner, Tortured, race, torture,
+    Case, CaseFile, Effects, Fault, Input, Racer, Runner, Tortured, race, torture,
     with_expectations,
 };
 
 /// The folder of cases, next to a manifest.
 const CASES: &str = "tests";
 
-/// Test handlers: messages with expected results, outputs, state and rows.
+/// Test handlers: messages or requests with expected results, outputs, state and rows.
 ///
 /// The cases are the *.yaml and *.json files of the folder `tests` next to a manifest. Each case
 /// runs in a transaction that is rolled back. Without --postgres it is one of SQLite.
@@ -108,12 +109,6 @@ impl Test {
             if own.is_empty() {
                 continue;
             }
-            if !entry.worker.routes.is_empty() {
-                bail!(
-                    "worker {} answers requests; the cases of `oncely test` are messages",
-                    entry.worker.name
-                );
-            }
             let bench = Bench::start(entry, self).await?;
             let tested = self.test_worker(&bench.runner, &own, checked).await;
             bench.stop().await?;
@@ -131,7 +126,7 @@ impl Test {
         for file in files {
             term::data(file.path.display())?;
             let mut updates = Vec::new();
-            let mut racers: Vec<(&Case, Vec<Delivered>)> = Vec::new();
+            let mut racers: Vec<(&Case, Vec<Input>)> = Vec::new();
             for (at, case) in file.cases.iter().enumerate() {
                 if self
                     .filter
@@ -141,19 +136,22 @@ impl Test {
                     continue;
                 }
                 let context = || format!("run the case `{}` of {}", case.name, file.path.display());
-                let deliveries = case.deliveries(&runner.worker).with_context(context)?;
+                let inputs = case.inputs(&runner.worker).with_context(context)?;
                 if self.update {
-                    let update = actual_effects(runner, case, &deliveries).await;
+                    let update = actual_effects(runner, case, &inputs).await;
                     updates.extend(update.with_context(context)?.map(|effects| (at, effects)));
                 } else {
-                    self.check_case(runner, file, case, &deliveries, checked)
+                    self.check_case(runner, file, case, &inputs, checked)
                         .await
                         .with_context(context)?;
                 }
-                racers.push((case, deliveries));
+                racers.push((case, inputs));
             }
             if self.race {
-                check_races(runner, file, &racers, checked).await?;
+                match runner.worker.routes.is_empty() {
+                    true => check_races(runner, file, &racers, checked).await?,
+                    false => term::data("  no races: requests have no ordering key")?,
+                }
             }
             if !updates.is_empty() {
                 update(file, &updates)?;
@@ -167,21 +165,21 @@ impl Test {
         runner: &Runner,
         file: &CaseFile,
         case: &Case,
-        deliveries: &[Delivered],
+        inputs: &[Input],
         checked: &mut Vec<Checked>,
     ) -> Result<()> {
         let suite = file.path.display().to_string();
         let began = Instant::now();
         let run = runner
-            .run(&[&case.given], case.now, deliveries, Fault::None)
+            .run(&[&case.given], case.now, inputs, Fault::None)
             .await?;
         let failure = explain(case, &run.effects, &run.logs);
         report(checked, &suite, &case.name, began.elapsed(), failure)?;
         if self.torture {
             let began = Instant::now();
-            let tortured = torture(runner, case, deliveries, &run).await?;
+            let tortured = torture(runner, case, inputs, &run).await?;
             let name = format!("{}: {} disturbed runs", case.name, tortured.runs);
-            let failure = explain_torture(&tortured);
+            let failure = explain_torture(&tortured, kind_of(&runner.worker));
             report(checked, &suite, &name, began.elapsed(), failure)?;
         }
         Ok(())
@@ -190,21 +188,13 @@ impl Test {
 
 /// The actual effects of a case, if it does not expect them. Values that differ between two runs
 /// are not fixed.
-async fn actual_effects(
-    runner: &Runner,
-    case: &Case,
-    deliveries: &[Delivered],
-) -> Result<Option<Effects>> {
+async fn actual_effects(runner: &Runner, case: &Case, inputs: &[Input]) -> Result<Option<Effects>> {
     let given = [&case.given];
-    let run = runner
-        .run(&given, case.now, deliveries, Fault::None)
-        .await?;
+    let run = runner.run(&given, case.now, inputs, Fault::None).await?;
     if case.expect != Effects::default() && case.expect.difference(&run.effects).is_none() {
         return Ok(None);
     }
-    let again = runner
-        .run(&given, case.now, deliveries, Fault::None)
-        .await?;
+    let again = runner.run(&given, case.now, inputs, Fault::None).await?;
     let mut effects = run.effects;
     effects.generalize(&again.effects);
     Ok(Some(effects))
@@ -251,6 +241,7 @@ impl Bench {
             runner: Runner {
                 store: Arc::new(store),
                 guest,
+                requests: TestRequests::new(&entry.worker),
                 worker: Arc::new(entry.worker.clone()),
                 config: Arc::new(config),
             },
@@ -379,15 +370,21 @@ fn explain(case: &Case, effects: &Effects, logs: &str) -> Option<String> {
     Some(text)
 }
 
-fn explain_torture(tortured: &Tortured) -> Option<String> {
+/// The kind of a worker's inputs, and how one comes again after a crash.
+fn kind_of(worker: &Worker) -> (&'static str, &'static str) {
+    match worker.routes.is_empty() {
+        true => ("message", "a redelivery"),
+        false => ("request", "a retry"),
+    }
+}
+
+fn explain_torture(tortured: &Tortured, (kind, again): (&str, &str)) -> Option<String> {
     let lines: Vec<String> = tortured
         .differences
         .iter()
         .map(|difference| {
-            format!(
-                "after {}, and a redelivery:\n{}",
-                difference.fault, difference.text
-            )
+            let fault = difference.fault.describe(kind);
+            format!("after {fault}, and {again}:\n{}", difference.text)
         })
         .collect();
     (!lines.is_empty()).then(|| lines.join("\n"))
@@ -396,15 +393,16 @@ fn explain_torture(tortured: &Tortured) -> Option<String> {
 async fn check_races(
     runner: &Runner,
     file: &CaseFile,
-    cases: &[(&Case, Vec<Delivered>)],
+    cases: &[(&Case, Vec<Input>)],
     checked: &mut Vec<Checked>,
 ) -> Result<()> {
     let racers: Vec<Racer<'_>> = cases
         .iter()
-        .flat_map(|(case, deliveries)| {
-            deliveries
-                .iter()
-                .map(move |delivery| Racer { case, delivery })
+        .flat_map(|(case, inputs)| {
+            inputs.iter().filter_map(move |input| match input {
+                Input::Message(delivery) => Some(Racer { case, delivery }),
+                Input::Request(_) => None,
+            })
         })
         .collect();
     let began = Instant::now();

@@ -32,6 +32,18 @@ pub struct IncomingRequest {
     pub key: Option<(RequestKey, Duration)>,
 }
 
+impl IncomingRequest {
+    /// The inputs of the handler of `worker`.
+    pub(crate) fn call(&self, worker: &str) -> RequestCall {
+        let key = self.key.as_ref();
+        RequestCall {
+            request: self.request.clone(),
+            id: key.map(|(key, _)| key.invocation_id(worker)),
+            may_write: !self.request.is_safe(),
+        }
+    }
+}
+
 /// The outcome of a request.
 #[derive(Debug)]
 pub enum RequestOutcome {
@@ -151,15 +163,7 @@ impl Delivery {
         let shared_tx = SharedTx::new(self.store.dialect(), tx);
         shared_tx.begin_item().await;
         let message = request_message(&incoming.request);
-        let id = incoming
-            .key
-            .as_ref()
-            .map(|(key, _)| key.invocation_id(name));
-        let call = RequestCall {
-            request: incoming.request.clone(),
-            id,
-            may_write,
-        };
+        let call = incoming.call(name);
         let outcome = self
             .call(
                 vec![Arc::clone(&message)],
@@ -200,7 +204,7 @@ impl Delivery {
         shared_tx: SharedTx,
         read_version: ReadVersion,
     ) -> Result<Result<RequestOutcome, String>, StoreError> {
-        let response = match handler_outcome(&mut outcome) {
+        let response = match HandlerOutcome::of(&mut outcome) {
             HandlerOutcome::Response(response) => response,
             HandlerOutcome::Conflict(why) => {
                 shared_tx.take_tx().await?.rollback().await;
@@ -213,7 +217,7 @@ impl Delivery {
         };
 
         // Roll back the effects of a failed request.
-        let is_success = response.status < 400;
+        let is_success = response.is_success();
         let can_commit =
             is_success || !outcome.ran_sql || shared_tx.undo_item().await.map_err(store_error)?;
         let mut tx = shared_tx.take_tx().await?;
@@ -334,37 +338,39 @@ pub(crate) async fn commit(
 }
 
 /// The outcome of a handler.
-enum HandlerOutcome {
+pub(crate) enum HandlerOutcome {
     Response(HttpResponse),
     /// A conflict with another transaction.
     Conflict(String),
     Failure(CallFailure),
 }
 
-/// Determines the outcome. An error response of the handler to a failed statement is kept, although
-/// the delivery is doomed.
-fn handler_outcome(outcome: &mut CallOutcome) -> HandlerOutcome {
-    let result = std::mem::replace(&mut outcome.result, Ok(Vec::new()));
-    let failure = match result.map(|results| results.into_iter().find_map(Result::err)) {
-        Ok(failure) => failure,
-        Err(failure) => Some(failure),
-    };
-    match (failure, outcome.response.take()) {
-        (Some(failure), _) if failure.kind == FailureKind::Conflict => {
-            HandlerOutcome::Conflict(failure.message)
+impl HandlerOutcome {
+    /// Determines the outcome of a call. An error response of the handler to a failed statement is
+    /// kept, although the delivery is doomed.
+    pub(crate) fn of(outcome: &mut CallOutcome) -> HandlerOutcome {
+        let result = std::mem::replace(&mut outcome.result, Ok(Vec::new()));
+        let failure = match result.map(|results| results.into_iter().find_map(Result::err)) {
+            Ok(failure) => failure,
+            Err(failure) => Some(failure),
+        };
+        match (failure, outcome.response.take()) {
+            (Some(failure), _) if failure.kind == FailureKind::Conflict => {
+                HandlerOutcome::Conflict(failure.message)
+            }
+            (Some(failure), Some(response))
+                if !response.is_success() && failure.kind == FailureKind::Retry =>
+            {
+                HandlerOutcome::Response(response)
+            }
+            (Some(failure), _) => HandlerOutcome::Failure(failure),
+            (None, Some(response)) => HandlerOutcome::Response(response),
+            (None, None) => HandlerOutcome::Failure(CallFailure::new(
+                FailureKind::Retry,
+                "no-response",
+                "the handler returned without a response",
+            )),
         }
-        (Some(failure), Some(response))
-            if response.status >= 400 && failure.kind == FailureKind::Retry =>
-        {
-            HandlerOutcome::Response(response)
-        }
-        (Some(failure), _) => HandlerOutcome::Failure(failure),
-        (None, Some(response)) => HandlerOutcome::Response(response),
-        (None, None) => HandlerOutcome::Failure(CallFailure::new(
-            FailureKind::Retry,
-            "no-response",
-            "the handler returned without a response",
-        )),
     }
 }
 
@@ -414,7 +420,7 @@ pub(crate) async fn claim(
 
 /// The message that stands for a request. Outputs have its id as their cause, and their ids are
 /// derived from it.
-fn request_message(request: &HttpRequest) -> Arc<Message> {
+pub(crate) fn request_message(request: &HttpRequest) -> Arc<Message> {
     // A valid trace parent is ASCII. Other bytes would not survive the conversion.
     let trace = message::header(&request.headers, "traceparent").filter(|trace| trace.is_ascii());
     Arc::new(Message {

@@ -1,6 +1,7 @@
 //! The transaction of a batch, shared by its guests.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use async_trait::async_trait;
@@ -10,8 +11,9 @@ use tokio::sync::Mutex;
 use crate::fault;
 use crate::guest::Database;
 use crate::model::keyed_state::StateSlot;
+use crate::model::request::{HttpResponse, RequestKey};
 use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-use crate::store::{StoreError, Tx};
+use crate::store::{ClaimedRequest, StoreError, Tx};
 
 /// A transaction that the guests of a batch share. Cheap to clone.
 #[derive(Clone)]
@@ -68,6 +70,48 @@ impl SharedTx {
     /// Starts the next item. Its savepoint is set before its first statement.
     pub(crate) async fn begin_item(&self) {
         self.slot.lock().await.needs_savepoint = true;
+    }
+
+    /// Like [`SharedTx::begin_item`], for an item that only reads.
+    /// [`SharedTx::end_read_only_item`] ends it.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub(crate) async fn begin_read_only_item(&self) -> anyhow::Result<()> {
+        let mut slot = self.slot.lock().await;
+        slot.needs_savepoint = false;
+        Ok(slot.tx()?.read_only_savepoint().await?)
+    }
+
+    /// Rolls back to the beginning of an item that only reads. Waits for a statement that outlived
+    /// its guest.
+    ///
+    /// # Errors
+    /// The transaction can only be rolled back as a whole.
+    pub(crate) async fn end_read_only_item(&self) -> anyhow::Result<()> {
+        Ok(self.slot.lock().await.tx()?.end_read_only().await?)
+    }
+
+    /// Claims the key of a request, see [`Tx::claim_request`].
+    ///
+    /// # Errors
+    /// The database failed.
+    pub(crate) async fn claim_request(&self, key: &RequestKey) -> anyhow::Result<ClaimedRequest> {
+        Ok(self.slot.lock().await.tx()?.claim_request(key).await?)
+    }
+
+    /// Stores the response to a claimed key, see [`Tx::store_response`].
+    ///
+    /// # Errors
+    /// The database failed.
+    pub(crate) async fn store_response(
+        &self,
+        key: &RequestKey,
+        response: &HttpResponse,
+        keep: Duration,
+    ) -> anyhow::Result<()> {
+        let mut slot = self.slot.lock().await;
+        Ok(slot.tx()?.store_response(key, response, keep).await?)
     }
 
     /// Rolls back all statements since [`SharedTx::begin_item`]. Waits for a statement that

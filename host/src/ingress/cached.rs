@@ -12,10 +12,11 @@ use axum::response::Response;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
+use super::incoming::read_body;
 use super::key::LabelledDigest;
 use super::problem::Problem;
 use super::response::respond;
-use super::{Ingress, Target, read_body};
+use super::{Ingress, Target};
 use crate::cache::{CacheKey, Cached, Layer, Loaded, Policy};
 use crate::config::manifest::{CachePolicy, CacheScope};
 use crate::model::message::{Headers, header};

@@ -15,31 +15,32 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::request::Parts;
 use axum::response::Response;
-use bytes::Bytes;
 use tokio::sync::{RwLock, Semaphore};
 use tracing::Instrument;
 
 use crate::bus::Bus;
 use crate::cache::Cache;
-use crate::config::manifest::{CachePolicy, StoreFailures};
+use crate::config::manifest::{CachePolicy, Route, StoreFailures};
 use crate::delivery::Delivery;
 use crate::delivery::request::{IncomingRequest, RequestOutcome};
-use crate::guest::header_to_text;
-use crate::http_server::{BodyError, BodyMemory};
+use crate::http_server::BodyMemory;
 use crate::metrics::Metrics;
-use crate::model::request::{Admission, HttpRequest, HttpResponse, RequestKey};
+use crate::model::request::{Admission, HttpResponse};
 use crate::relay::RelayHandle;
 use crate::store::{Store, StoreError};
 
 mod cached;
 mod head;
+mod incoming;
 mod key;
 mod problem;
 mod publish;
 mod response;
 mod route_table;
 mod single_flight;
+mod test_requests;
 
+use incoming::ReadRules;
 use problem::Problem;
 pub use publish::{PUBLISH_WINDOW, PUBLISHER};
 use publish::{Publication, Publisher};
@@ -47,9 +48,7 @@ use response::respond;
 use route_table::MatchedRoute;
 pub use route_table::{RouteTable, check_routes};
 use single_flight::{SingleFlight, SingleFlightEntry};
-
-/// The maximum size of all header names and values of a request together, in bytes.
-const HEADERS_MAX: usize = 32 << 10;
+pub use test_requests::{AdmittedRequest, TestRequests};
 
 /// How long a request waits for one of its worker's concurrency permits.
 const CAPACITY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -177,61 +176,24 @@ impl Ingress {
         }
     }
 
-    /// Reads the whole request, and derives its idempotency key and fingerprint.
+    /// Reads the whole request.
     async fn read(
         &self,
         target: &Target,
         parts: Parts,
         body: Body,
     ) -> Result<IncomingRequest, Problem> {
-        let (body_max, requires_key, window) = match target {
-            Target::Worker(MatchedRoute { route, .. }) => (
-                route.body_size,
-                route.requires_key(parts.method.as_str()),
-                route.window,
-            ),
-            Target::Publish(_) => (
-                self.publisher.bus.max_payload() as u64,
-                true,
-                PUBLISH_WINDOW,
-            ),
+        let rules = match target {
+            Target::Worker(found) => ReadRules::of_route(&found.route, &parts),
+            Target::Publish(_) => ReadRules {
+                route: publish::PATH,
+                requires_key: true,
+                window: PUBLISH_WINDOW,
+                body_max: self.publisher.bus.max_payload() as u64,
+                method: parts.method.as_str().to_owned(),
+            },
         };
-        // Safe methods need no key, and a key they carry is ignored.
-        let key = if parts.method.is_safe() {
-            None
-        } else {
-            key::key(&parts.headers)?
-        };
-        if key.is_none() && requires_key {
-            return Err(Problem::key_missing());
-        }
-
-        // The size limits.
-        let size = parts
-            .headers
-            .iter()
-            .map(|(name, value)| name.as_str().len() + value.len())
-            .sum::<usize>();
-        if size > HEADERS_MAX {
-            return Err(Problem::headers_too_large(size, HEADERS_MAX));
-        }
-        let body = read_body(body, usize::try_from(body_max).unwrap_or(usize::MAX)).await?;
-        let caller = key::caller(&parts.headers, self.admission.caller.as_deref());
-        let request = into_http_request(target, parts, body);
-        // The request may differ from its head: HEAD can become GET.
-        let key = key.filter(|_| !request.is_safe()).map(|key| {
-            let (route, fingerprint) = (target.route().to_owned(), request.fingerprint());
-            (
-                RequestKey {
-                    route,
-                    caller,
-                    key,
-                    fingerprint,
-                },
-                window,
-            )
-        });
-        Ok(IncomingRequest { request, key })
+        incoming::read(rules, self.admission.caller.as_deref(), parts, body).await
     }
 
     /// Handles a request and hands its outputs over to the relay.
@@ -362,14 +324,10 @@ impl Ingress {
         let Target::Worker(MatchedRoute { worker, route, .. }) = target else {
             return Err(problem);
         };
-        if route.store_failures == StoreFailures::Answered || incoming.key.is_none() {
+        let Some(permanent) = permanent_response(&problem, route, incoming) else {
             return Err(problem);
-        }
-        match worker
-            .delivery
-            .store_response(incoming, problem.as_permanent().response())
-            .await
-        {
+        };
+        match worker.delivery.store_response(incoming, permanent).await {
             Ok(RequestOutcome::Responded {
                 response, replayed, ..
             }) => Ok((response, replayed)),
@@ -433,6 +391,16 @@ impl Target {
             Target::Publish(_) => 0,
         }
     }
+}
+
+/// The response to store for a failed handler, if the route stores all failures.
+fn permanent_response(
+    problem: &Problem,
+    route: &Route,
+    incoming: &IncomingRequest,
+) -> Option<HttpResponse> {
+    let is_stored = route.store_failures == StoreFailures::All && incoming.key.is_some();
+    is_stored.then(|| problem.as_permanent().response())
 }
 
 /// Handles one request, from its head to its response.
@@ -504,54 +472,5 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
     match tokio::spawn(handling.instrument(span)).await {
         Ok((response, replayed)) => respond(response, replayed),
         Err(_) => respond(Problem::unavailable().response(), false),
-    }
-}
-
-async fn read_body(body: Body, max: usize) -> Result<Bytes, Problem> {
-    axum::body::to_bytes(body, max).await.map_err(|error| {
-        if cause::<http_body_util::LengthLimitError>(&error).is_some() {
-            return Problem::body_too_large(max);
-        }
-        match cause(&error) {
-            Some(BodyError::TooSlow) => Problem::too_slow(),
-            Some(BodyError::NoMemory) => Problem::no_memory(),
-            Some(BodyError::Incomplete(_)) | None => Problem::body_incomplete(),
-        }
-    })
-}
-
-/// The cause of type `E` of an error.
-fn cause<E: std::error::Error + 'static>(error: &axum::Error) -> Option<&E> {
-    let causes = std::iter::successors(std::error::Error::source(error), |error| error.source());
-    causes.into_iter().find_map(|error| error.downcast_ref())
-}
-
-fn into_http_request(target: &Target, parts: Parts, body: Bytes) -> HttpRequest {
-    let mut method = parts.method.as_str().to_owned();
-    // HEAD is GET without a body, unless the route lists HEAD itself (RFC 9110 section 9.3.2).
-    if let Target::Worker(found) = target
-        && method == "HEAD"
-        && (found.route.cache.is_some() || !found.route.accepts_method("HEAD"))
-    {
-        method = "GET".to_owned();
-    }
-    let authority = parts
-        .headers
-        .get("host")
-        .map(|host| header_to_text(host.as_bytes()))
-        .unwrap_or_default();
-    let headers = parts
-        .headers
-        .iter()
-        .map(|(name, value)| (name.to_string(), header_to_text(value.as_bytes())));
-    HttpRequest {
-        method,
-        path_and_query: parts
-            .uri
-            .path_and_query()
-            .map_or_else(|| "/".to_owned(), ToString::to_string),
-        authority,
-        headers: headers.collect(),
-        body,
     }
 }

@@ -10,31 +10,48 @@ use crate::config::manifest::{Route, Worker};
 use crate::model::hint::WithHint as _;
 
 /// The workers of a path, each with its route.
-type RouteEntries = Vec<(Arc<HttpWorker>, Arc<Route>)>;
+type RouteEntries<W> = Vec<(Arc<W>, Arc<Route>)>;
 
 /// The worker and the route of a request.
 ///
 /// `params` are the named parts of the path. They are filled in for cached routes only, whose tags
 /// use them.
-pub(super) struct MatchedRoute {
-    pub worker: Arc<HttpWorker>,
+pub(super) struct MatchedRoute<W = HttpWorker> {
+    pub worker: Arc<W>,
     pub route: Arc<Route>,
     pub params: Vec<(String, String)>,
 }
 
 /// The routes of all HTTP workers that run here.
-#[derive(Default)]
-pub struct RouteTable {
-    paths: matchit::Router<RouteEntries>,
+pub struct RouteTable<W = HttpWorker> {
+    paths: matchit::Router<RouteEntries<W>>,
+}
+
+impl<W> Default for RouteTable<W> {
+    fn default() -> Self {
+        RouteTable {
+            paths: matchit::Router::new(),
+        }
+    }
 }
 
 impl RouteTable {
     /// The routes of these workers. Routes that conflict with those of another worker are left out
     /// and logged.
     pub fn new(workers: impl IntoIterator<Item = Arc<HttpWorker>>) -> RouteTable {
-        let mut by_path: Vec<(String, RouteEntries)> = Vec::new();
-        for worker in workers {
-            for route in worker.delivery.worker.routes.clone() {
+        RouteTable::of(workers.into_iter().map(|worker| {
+            let routes = worker.delivery.worker.routes.clone();
+            (worker, routes)
+        }))
+    }
+}
+
+impl<W> RouteTable<W> {
+    /// The table of workers with their routes.
+    pub(super) fn of(workers: impl IntoIterator<Item = (Arc<W>, Vec<Route>)>) -> RouteTable<W> {
+        let mut by_path: Vec<(String, RouteEntries<W>)> = Vec::new();
+        for (worker, routes) in workers {
+            for route in routes {
                 let entry = (Arc::clone(&worker), Arc::new(route.clone()));
                 match by_path.iter_mut().find(|(path, _)| *path == route.path) {
                     Some((_, entries)) => entries.push(entry),
@@ -45,7 +62,7 @@ impl RouteTable {
         let mut paths = matchit::Router::new();
         // A wildcard may match nothing: `/a/{*rest}` answers `/a/` too, unless that is a route of
         // its own.
-        let rests: Vec<(String, RouteEntries)> = by_path
+        let rests: Vec<(String, RouteEntries<W>)> = by_path
             .iter()
             .filter_map(|(path, entries)| Some((split_rest(path)?.0.to_owned(), entries.clone())))
             .collect();
@@ -69,7 +86,7 @@ impl RouteTable {
         &self,
         method: &str,
         path: &str,
-    ) -> std::result::Result<MatchedRoute, Problem> {
+    ) -> std::result::Result<MatchedRoute<W>, Problem> {
         let Ok(found) = self.paths.at(path) else {
             return Err(Problem::not_found());
         };

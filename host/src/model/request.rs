@@ -31,6 +31,13 @@ pub struct HttpResponse {
     pub body: Bytes,
 }
 
+impl HttpResponse {
+    /// Whether the effects of its handler are committed: the status is below 400.
+    pub fn is_success(&self) -> bool {
+        self.status < 400
+    }
+}
+
 /// The rules of admission: the identity of callers, and publishing without a worker.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Admission {

@@ -292,6 +292,31 @@ impl Tx {
         self.record_failure(undone)
     }
 
+    /// Like [`Tx::savepoint`]. Guests cannot write until [`Tx::end_read_only`].
+    pub async fn read_only_savepoint(&mut self) -> Result<()> {
+        self.savepoint().await?;
+        let made = match &mut self.database {
+            Database::Postgres(tx) => {
+                let statement = "set transaction read only".to_owned();
+                tx.session.run(statement, "begin to read only").await
+            }
+            Database::Sqlite(tx) => tx.set_reads_only(true).await,
+        };
+        self.record_failure(made)
+    }
+
+    /// Rolls back to the savepoint of [`Tx::read_only_savepoint`]. Guests can write again.
+    ///
+    /// # Errors
+    /// As of [`Tx::rollback_to_savepoint`].
+    pub async fn end_read_only(&mut self) -> Result<()> {
+        // On PostgreSQL, the rollback ends the mode as well.
+        if let Database::Sqlite(tx) = &mut self.database {
+            tx.set_reads_only(false).await?;
+        }
+        self.rollback_to_savepoint().await
+    }
+
     async fn run(&mut self, statements: String, doing: &'static str) -> Result<()> {
         match &mut self.database {
             Database::Postgres(tx) => tx.session.run(statements, doing).await,
@@ -498,6 +523,12 @@ impl SqliteTx {
             .filter(|event_id| self.fresh.contains(*event_id))
             .collect();
         sqlite::inbox::release_claims(&mut self.session, worker, &ours).await
+    }
+
+    async fn set_reads_only(&mut self, reads_only: bool) -> Result<()> {
+        self.guests.reads_only = reads_only;
+        let statement = format!("pragma query_only = {reads_only}");
+        self.session.run(statement, "set query_only").await
     }
 
     async fn track_changes(&mut self) -> Result<()> {

@@ -13,7 +13,8 @@ use super::content;
 use super::effects::Effects;
 use crate::config::manifest::Worker;
 use crate::model::hint::WithHint as _;
-use crate::model::message::{EVENT_ID_MAX, Headers, Message, Origin};
+use crate::model::message::{self, EVENT_ID_MAX, Headers, Message, Origin};
+use crate::model::request::HttpRequest;
 use crate::model::subject;
 
 /// A file of cases.
@@ -28,7 +29,7 @@ pub struct CaseFile {
     pub path: PathBuf,
 }
 
-/// One case: what there is before, messages, and the effects that they must have.
+/// One case: the state and rows before, messages or requests, and the effects that they must have.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Case {
@@ -39,6 +40,8 @@ pub struct Case {
     pub now: Option<Timestamp>,
     message: Option<MessageText>,
     messages: Option<Vec<MessageText>>,
+    request: Option<RequestText>,
+    requests: Option<Vec<RequestText>>,
     /// The expected effects. An absent part is not checked.
     #[serde(default)]
     pub expect: Effects,
@@ -68,12 +71,42 @@ struct MessageText {
     attempt: Option<u32>,
 }
 
+/// A request as a case has it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RequestText {
+    method: Option<String>,
+    path: String,
+    /// The idempotency key; null for none.
+    #[serde(default, deserialize_with = "present")]
+    key: Option<Option<String>>,
+    #[serde(default)]
+    headers: BTreeMap<String, HeaderText>,
+    #[serde(default)]
+    body: Value,
+}
+
+/// Distinguishes null from an absent field.
+fn present<'de, D>(field: D) -> Result<Option<Option<String>>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    Option::deserialize(field).map(Some)
+}
+
 /// One value of a header, or several.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 enum HeaderText {
     One(String),
     Several(Vec<String>),
+}
+
+/// One input of a worker.
+#[derive(Debug, Clone)]
+pub enum Input {
+    Message(Delivered),
+    Request(HttpRequest),
 }
 
 /// A message to deliver, and the number of its attempt.
@@ -107,20 +140,75 @@ impl CaseFile {
 }
 
 impl Case {
-    /// The messages for a worker, in order.
+    /// The messages or requests for a worker, in order.
     ///
     /// # Errors
-    /// The case has no message, or an invalid one.
-    pub fn deliveries(&self, worker: &Worker) -> Result<Vec<Delivered>> {
-        let messages = match (&self.message, &self.messages) {
-            (Some(one), None) => std::slice::from_ref(one),
-            (None, Some(several)) if !several.is_empty() => several.as_slice(),
-            _ => bail!("a case has either `message` or `messages`"),
-        };
-        let numbered = messages.iter().zip(1..);
+    /// The case has none, has those of the other kind of worker, or an invalid one.
+    pub fn inputs(&self, worker: &Worker) -> Result<Vec<Input>> {
+        let (one, several) = (&self.request, &self.requests);
+        if worker.routes.is_empty() {
+            if one.is_some() || several.is_some() {
+                bail!("worker {} has no routes: write `message`", worker.name);
+            }
+            self.expect.check_none_of_requests()?;
+            let messages = either(&self.message, &self.messages)
+                .context("a case has either `message` or `messages`")?;
+            let numbered = messages.iter().zip(1..);
+            return numbered
+                .map(|(message, number)| Ok(Input::Message(message.delivered(number, worker)?)))
+                .collect();
+        }
+        if self.message.is_some() || self.messages.is_some() {
+            bail!("worker {} answers requests: write `request`", worker.name);
+        }
+        self.expect.check_none_of_messages()?;
+        let requests = either(one, several).context("a case has either `request` or `requests`")?;
+        let numbered = requests.iter().zip(1..);
         numbered
-            .map(|(message, number)| message.delivered(number, worker))
+            .map(|(request, number)| Ok(Input::Request(request.read(number)?)))
             .collect()
+    }
+}
+
+/// The values of a part that has one form for a single value, and another for several.
+fn either<'t, T>(one: &'t Option<T>, several: &'t Option<Vec<T>>) -> Option<&'t [T]> {
+    match (one, several) {
+        (Some(one), None) => Some(std::slice::from_ref(one)),
+        (None, Some(several)) if !several.is_empty() => Some(several),
+        _ => None,
+    }
+}
+
+impl RequestText {
+    fn read(&self, number: u64) -> Result<HttpRequest> {
+        let method = self.method.clone().unwrap_or_else(|| "GET".to_owned());
+        let mut request = HttpRequest {
+            method: method.to_ascii_uppercase(),
+            path_and_query: self.path.clone(),
+            authority: "localhost".to_owned(),
+            headers: headers(&self.headers),
+            body: content::to_bytes(&self.body)
+                .with_context(|| format!("read the body of request {number}"))?,
+        };
+        if !self.path.starts_with('/') {
+            bail!("the path of request {number} must begin with /");
+        }
+
+        // Headers that most cases need.
+        let mut default = |name: &str, value: String| {
+            if message::header(&request.headers, name).is_none() {
+                request.headers.push((name.to_owned(), value));
+            }
+        };
+        if self.body.is_object() || self.body.is_array() {
+            default("content-type", "application/json".to_owned());
+        }
+        match &self.key {
+            Some(Some(key)) => default("idempotency-key", key.clone()),
+            Some(None) => {}
+            None => default("idempotency-key", format!("k{number}")),
+        }
+        Ok(request)
     }
 }
 
@@ -150,7 +238,7 @@ impl MessageText {
         let message = Message {
             event_id,
             subject: subject.clone(),
-            headers: self.headers(),
+            headers: headers(&self.headers),
             body: content::to_bytes(&self.body)
                 .with_context(|| format!("read the body of message {number}"))?,
             origin: Some(Origin {
@@ -165,17 +253,17 @@ impl MessageText {
             attempt: self.attempt.unwrap_or(1).max(1),
         })
     }
+}
 
-    fn headers(&self) -> Headers {
-        let mut headers = Headers::new();
-        for (name, values) in &self.headers {
-            match values {
-                HeaderText::One(value) => headers.push((name.clone(), value.clone())),
-                HeaderText::Several(values) => {
-                    headers.extend(values.iter().map(|value| (name.clone(), value.clone())));
-                }
+fn headers(texts: &BTreeMap<String, HeaderText>) -> Headers {
+    let mut headers = Headers::new();
+    for (name, values) in texts {
+        match values {
+            HeaderText::One(value) => headers.push((name.clone(), value.clone())),
+            HeaderText::Several(values) => {
+                headers.extend(values.iter().map(|value| (name.clone(), value.clone())));
             }
         }
-        headers
     }
+    headers
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use similar::TextDiff;
@@ -19,6 +20,12 @@ pub struct Effects {
     /// The results of several messages, in order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub results: Option<Vec<Value>>,
+    /// The response to the only request, or its status alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub response: Option<Value>,
+    /// The responses to several requests, in order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub responses: Option<Vec<Value>>,
     /// The outputs, in order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outputs: Option<Vec<Value>>,
@@ -31,6 +38,24 @@ pub struct Effects {
 }
 
 impl Effects {
+    /// # Errors
+    /// A part of these expected effects belongs to requests.
+    pub fn check_none_of_requests(&self) -> Result<()> {
+        match self.response.is_some() || self.responses.is_some() {
+            true => bail!("messages have no `response`: expect a `result`"),
+            false => Ok(()),
+        }
+    }
+
+    /// # Errors
+    /// A part of these expected effects belongs to messages.
+    pub fn check_none_of_messages(&self) -> Result<()> {
+        match self.result.is_some() || self.results.is_some() {
+            true => bail!("requests have no `result`: expect a `response`"),
+            false => Ok(()),
+        }
+    }
+
     /// The difference to these expected effects, one line of YAML per line; `None` if there is
     /// none.
     pub fn difference(&self, actual: &Effects) -> Option<String> {
@@ -53,6 +78,14 @@ impl Effects {
         let results = self.results.as_ref().map(|expected| {
             let actual = actual.results.clone().unwrap_or_default();
             view_each(expected, actual, view_result)
+        });
+        let response = self.response.as_ref().map(|expected| {
+            let actual = actual.response.clone().unwrap_or_default();
+            view_response(expected, actual)
+        });
+        let responses = self.responses.as_ref().map(|expected| {
+            let actual = actual.responses.clone().unwrap_or_default();
+            view_each(expected, actual, view_response)
         });
         let outputs = self.outputs.as_ref().map(|expected| {
             let actual = actual.outputs.clone().unwrap_or_default();
@@ -81,6 +114,8 @@ impl Effects {
         Effects {
             result,
             results,
+            response,
+            responses,
             outputs,
             state,
             rows,
@@ -94,10 +129,15 @@ impl Effects {
                 generalize_list(mine, other);
             }
         };
-        if let (Some(mine), Some(other)) = (&mut self.result, &other.result) {
-            generalize(mine, other);
-        }
+        let values = |mine: &mut Option<Value>, other: &Option<Value>| {
+            if let (Some(mine), Some(other)) = (mine, other) {
+                generalize(mine, other);
+            }
+        };
+        values(&mut self.result, &other.result);
+        values(&mut self.response, &other.response);
         lists(&mut self.results, &other.results);
+        lists(&mut self.responses, &other.responses);
         lists(&mut self.outputs, &other.outputs);
         if let (Some(mine), Some(other)) = (&mut self.state, &other.state) {
             for (key, value) in mine {
@@ -136,6 +176,24 @@ fn view_result(expected: &Value, actual: Value) -> Value {
         }
         _ => view(expected, actual, Columns::Expected),
     }
+}
+
+/// A response as far as it is expected: a status alone, or some of its parts and headers. The case
+/// of a header's name does not matter. The body is expected as a whole.
+fn view_response(expected: &Value, actual: Value) -> Value {
+    let wanted = match expected {
+        Value::Number(_) => return actual.get("status").cloned().unwrap_or_default(),
+        expected => expected.get("headers").and_then(Value::as_object),
+    };
+    let mut response = view_output(expected, actual);
+    if let (Some(wanted), Some(Value::Object(headers))) = (wanted, response.get_mut("headers")) {
+        let named = wanted.iter().filter_map(|(name, wanted)| {
+            let value = headers.get(&name.to_ascii_lowercase()).cloned();
+            Some((name.clone(), view(wanted, value?, Columns::All)))
+        });
+        *headers = named.collect();
+    }
+    response
 }
 
 /// An output as far as it is expected. Its body is expected as a whole.
@@ -293,6 +351,40 @@ mod tests {
         let difference = expected.difference(&actual).unwrap();
         for line in ["-      id: 1", "+      id: 7", "+  subject: a"] {
             assert!(difference.contains(line), "{difference}");
+        }
+    }
+
+    #[test]
+    fn a_response_is_compared_as_far_as_expected() {
+        let actual = Effects {
+            response: Some(json!({
+                "status": 201,
+                "headers": {"content-type": "application/json", "location": "/x"},
+                "body": {"id": "x", "at": 5},
+            })),
+            ..Effects::default()
+        };
+        let differs = |response: Value| {
+            let expected = Effects {
+                response: Some(response),
+                ..Effects::default()
+            };
+            expected.difference(&actual).is_some()
+        };
+        for same in [
+            json!(201),
+            json!({"headers": {"Location": "/x"}}),
+            json!({"status": 201, "body": {"id": "x", "at": ANY}}),
+        ] {
+            assert!(!differs(same.clone()), "{same}");
+        }
+        for other in [
+            json!(200),
+            json!({"headers": {"Location": "/y"}}),
+            json!({"headers": {"Retry-After": ANY}}),
+            json!({"body": {"id": "x"}}),
+        ] {
+            assert!(differs(other.clone()), "{other}");
         }
     }
 

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::Value;
 
-use super::case::{Case, Delivered};
+use super::case::{Case, Delivered, Input};
 use super::effects::Effects;
 use super::runner::{Fault, Runner};
 use crate::config::manifest::Worker;
@@ -102,7 +102,7 @@ async fn run_both(
     let now = one.case.now.or(other.case.now);
     let (first, second) = (with_id(one.delivery, "a"), with_id(other.delivery, "b"));
     let run = async |pair: [&Delivered; 2]| {
-        let pair = pair.map(Clone::clone);
+        let pair = pair.map(|delivery| Input::Message(delivery.clone()));
         let run = runner.run(given, now, &pair, Fault::None).await.ok()?;
         Some(run.effects)
     };

@@ -1,4 +1,4 @@
-//! Runs the messages of a case in one transaction, and rolls it back.
+//! Runs the messages or requests of a case in one transaction, and rolls it back.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,17 +10,19 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde_json::{Map, Value as Json, json};
 
-use super::case::{Delivered, Given};
+use super::case::{Delivered, Given, Input};
 use super::content;
 use super::effects::Effects;
+use super::requests::refused_commit;
 use crate::config::manifest::{Isolation, ResolvedConfig, Worker};
 use crate::delivery::{SharedTx, schema_mismatch};
 use crate::guest::{
     CacheReader, CachedValue, Call, CallFailure, CallOutcome, Database, FailureKind, Guest,
-    Recorder, WarmInstance,
+    Recorder, RequestCall, WarmInstance,
 };
+use crate::ingress::TestRequests;
 use crate::model::keyed_state::{BatchState, StateSlot};
-use crate::model::message::{Output, OutputKind};
+use crate::model::message::{Headers, Message, Output, OutputKind};
 use crate::model::sql::{DatabaseError, Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::model::units;
 use crate::store::{RowChange, Store, TableRows, Tx, changed_rows};
@@ -37,20 +39,21 @@ pub struct Runner {
     pub guest: Guest,
     pub worker: Arc<Worker>,
     pub config: Arc<ResolvedConfig>,
+    pub requests: TestRequests,
 }
 
-/// A fault during a run, after which the message is delivered again.
+/// A fault during a run, after which the message is delivered again, or the request sent again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     None,
-    /// The host crashes at a host call of a message. Both are counted, the call from 1.
+    /// The host crashes at a host call of an input. Both are counted, the call from 1.
     Crash {
-        message: usize,
+        input: usize,
         call: u64,
     },
-    /// Another transaction conflicts with a statement of a message, counted from 1.
+    /// Another transaction conflicts with a statement of an input, counted from 1.
     Conflict {
-        message: usize,
+        input: usize,
         statement: u64,
     },
 }
@@ -61,23 +64,34 @@ pub struct Run {
     pub effects: Effects,
     /// The log of the handler.
     pub logs: String,
-    /// The number of host calls of each message.
+    /// The number of host calls of each input.
     pub host_calls: Vec<u64>,
-    /// The number of statements of each message.
+    /// The number of statements of each input.
     pub statements: Vec<u64>,
 }
 
-/// The effects of the messages so far.
-struct Progress {
-    state: BatchState,
-    outputs: Vec<Output>,
-    results: Vec<Json>,
+/// The effects of the inputs so far.
+pub(super) struct Progress {
+    pub state: BatchState,
+    pub outputs: Vec<Output>,
+    /// The results of messages, or the responses to requests.
+    pub results: Vec<Json>,
     warm: Option<WarmInstance>,
-    run: Run,
+    pub run: Run,
+}
+
+/// A call for one message or request.
+pub(super) struct TestCall {
+    pub message: Arc<Message>,
+    pub attempt: u32,
+    pub request: Option<RequestCall>,
+    pub now: Timestamp,
+    pub fault: Option<Fault>,
 }
 
 impl Runner {
-    /// Delivers messages in order, on top of the given rows and state, and rolls all effects back.
+    /// Handles messages or requests in order, on top of the given rows and state, and rolls all
+    /// effects back.
     ///
     /// # Errors
     /// The given rows cannot be inserted, or the database fails.
@@ -85,7 +99,7 @@ impl Runner {
         &self,
         given: &[&Given],
         now: Option<Timestamp>,
-        deliveries: &[Delivered],
+        inputs: &[Input],
         fault: Fault,
     ) -> Result<Run> {
         let time = self.worker.limits.time;
@@ -107,26 +121,38 @@ impl Runner {
             run: Run::default(),
         };
         let now = now.unwrap_or_else(Timestamp::now);
-        let mut delivered = Ok(());
-        for (at, delivery) in deliveries.iter().enumerate() {
-            delivered = self
-                .deliver(&shared_tx, &mut progress, delivery, now, fault.at(at))
-                .await;
-            if delivered.is_err() {
+        let mut handled = Ok(());
+        for (at, input) in inputs.iter().enumerate() {
+            let (progress, fault) = (&mut progress, fault.at(at));
+            handled = match input {
+                Input::Message(delivery) => {
+                    self.deliver(&shared_tx, progress, delivery, now, fault)
+                        .await
+                }
+                Input::Request(request) => {
+                    self.answer(&shared_tx, progress, request, now, fault).await
+                }
+            };
+            if handled.is_err() {
                 break;
             }
         }
 
         let mut tx = shared_tx.take_tx().await?;
-        let effects = match delivered {
-            Ok(()) => read_effects(&mut tx, given, before, &mut progress).await,
+        let effects = match handled {
+            Ok(()) => {
+                self.read_effects(&mut tx, given, before, &mut progress)
+                    .await
+            }
             Err(error) => Err(error),
         };
         tx.rollback().await;
         let mut run = progress.run;
         run.effects = effects?;
-        if deliveries.len() == 1 {
-            run.effects.result = run.effects.results.take().and_then(|mut all| all.pop());
+        if inputs.len() == 1 {
+            let only = |list: &mut Option<Vec<Json>>| list.take().and_then(|mut all| all.pop());
+            run.effects.result = only(&mut run.effects.results);
+            run.effects.response = only(&mut run.effects.responses);
         }
         Ok(run)
     }
@@ -149,8 +175,14 @@ impl Runner {
         let mut fault = fault;
         loop {
             shared_tx.begin_item().await;
-            let (outcome, statements) =
-                self.call(shared_tx, progress, delivery, now, fault).await?;
+            let call = TestCall {
+                message: Arc::clone(&delivery.message),
+                attempt: delivery.attempt,
+                request: None,
+                now,
+                fault,
+            };
+            let (outcome, statements) = self.call(shared_tx, progress, call).await?;
             let is_disturbed = fault.take().is_some();
             progress.run.logs.push_str(&outcome.logs);
             progress.state = outcome.state;
@@ -183,35 +215,34 @@ impl Runner {
         }
     }
 
-    async fn call(
+    /// Calls the handler. Returns the outcome and the number of statements.
+    pub(super) async fn call(
         &self,
         shared_tx: &SharedTx,
         progress: &mut Progress,
-        delivery: &Delivered,
-        now: Timestamp,
-        fault: Option<Fault>,
+        call: TestCall,
     ) -> Result<(CallOutcome, u64)> {
         let database = Arc::new(FaultyDatabase {
             inner: shared_tx.clone(),
             statements: AtomicU64::new(0),
-            conflict_at: match fault {
+            conflict_at: match call.fault {
                 Some(Fault::Conflict { statement, .. }) => Some(statement),
                 _ => None,
             },
         });
         let call = Call {
-            messages: vec![Arc::clone(&delivery.message)],
+            messages: vec![call.message],
             worker: Arc::clone(&self.worker),
             config: Arc::clone(&self.config),
             version: 1,
-            attempt: delivery.attempt,
-            now,
+            attempt: call.attempt,
+            now: call.now,
             payload_max: PAYLOAD_MAX,
             database: Arc::clone(&database) as Arc<dyn Database>,
             cache: Arc::new(EmptyCache),
             state: std::mem::take(&mut progress.state),
-            request: None,
-            recorder: match fault {
+            request: call.request,
+            recorder: match call.fault {
                 Some(Fault::Crash { call, .. }) => Recorder::crashing_at(call),
                 _ => Recorder::default(),
             },
@@ -219,14 +250,62 @@ impl Runner {
         let outcome = self.guest.call(call, progress.warm.take()).await?;
         Ok((outcome, database.statements.load(Ordering::Relaxed)))
     }
+
+    async fn read_effects(
+        &self,
+        tx: &mut Tx,
+        given: &[&Given],
+        before: Vec<TableRows>,
+        progress: &mut Progress,
+    ) -> Result<Effects> {
+        let after = tx.table_rows(ROWS_MAX).await?;
+        let mut results = std::mem::take(&mut progress.results);
+        let effects = match tx.commit_refusal().await {
+            None => Effects {
+                outputs: Some(progress.outputs.iter().map(output_text).collect()),
+                state: Some(changed_state(given, &progress.state)?),
+                rows: Some(rows_text(changed_rows(before, after))),
+                ..Effects::default()
+            },
+            Some(refusal) => {
+                let failure = CallFailure::new(FailureKind::Retry, "commit-refused", refusal);
+                for result in &mut results {
+                    *result = match self.answers_requests() {
+                        true => refused_commit(&failure).await?,
+                        false => failure_text(&failure),
+                    };
+                }
+                Effects {
+                    outputs: Some(Vec::new()),
+                    state: Some(BTreeMap::new()),
+                    rows: Some(BTreeMap::new()),
+                    ..Effects::default()
+                }
+            }
+        };
+        Ok(match self.answers_requests() {
+            true => Effects {
+                responses: Some(results),
+                ..effects
+            },
+            false => Effects {
+                results: Some(results),
+                ..effects
+            },
+        })
+    }
+
+    fn answers_requests(&self) -> bool {
+        !self.worker.routes.is_empty()
+    }
 }
 
 impl Fault {
-    /// The fault, if it belongs to this message.
+    /// The fault, if it belongs to this input.
     fn at(self, at: usize) -> Option<Fault> {
         match self {
-            Fault::Crash { message, .. } | Fault::Conflict { message, .. } => {
-                (message == at).then_some(self)
+            Fault::Crash { input, .. } | Fault::Conflict { input, .. } => {
+                (input == at).then_some(self)
             }
             Fault::None => None,
         }
@@ -310,32 +389,6 @@ fn sqlite_value(value: &Json) -> Value {
     }
 }
 
-async fn read_effects(
-    tx: &mut Tx,
-    given: &[&Given],
-    before: Vec<TableRows>,
-    progress: &mut Progress,
-) -> Result<Effects> {
-    let after = tx.table_rows(ROWS_MAX).await?;
-    if let Some(refusal) = tx.commit_refusal().await {
-        let failure = CallFailure::new(FailureKind::Retry, "commit-refused", refusal);
-        return Ok(Effects {
-            results: Some(vec![failure_text(&failure); progress.results.len()]),
-            outputs: Some(Vec::new()),
-            state: Some(BTreeMap::new()),
-            rows: Some(BTreeMap::new()),
-            ..Effects::default()
-        });
-    }
-    Ok(Effects {
-        result: None,
-        results: Some(std::mem::take(&mut progress.results)),
-        outputs: Some(progress.outputs.iter().map(output_text).collect()),
-        state: Some(changed_state(given, &progress.state)?),
-        rows: Some(rows_text(changed_rows(before, after))),
-    })
-}
-
 /// The keys whose values differ from the given ones.
 fn changed_state(given: &[&Given], state: &BatchState) -> Result<BTreeMap<String, Json>> {
     let mut values: BTreeMap<String, Option<Bytes>> = BTreeMap::new();
@@ -387,20 +440,24 @@ fn output_text(output: &Output) -> Json {
         set("delay", json!(units::format_duration(output.delay)));
     }
     if !output.headers.is_empty() {
-        let mut headers: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for (name, value) in &output.headers {
-            headers.entry(name).or_default().push(value);
-        }
-        let headers: Map<String, Json> = headers
-            .into_iter()
-            .map(|(name, values)| match values.as_slice() {
-                [one] => (name.to_owned(), json!(one)),
-                several => (name.to_owned(), json!(several)),
-            })
-            .collect();
-        set("headers", Json::Object(headers));
+        set("headers", headers_text(&output.headers));
     }
     Json::Object(text)
+}
+
+/// Headers by name, with a list for a repeated one.
+pub(super) fn headers_text(headers: &Headers) -> Json {
+    let mut by_name: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (name, value) in headers {
+        by_name.entry(name).or_default().push(value);
+    }
+    let texts = by_name
+        .into_iter()
+        .map(|(name, values)| match values.as_slice() {
+            [one] => (name.to_owned(), json!(one)),
+            several => (name.to_owned(), json!(several)),
+        });
+    Json::Object(texts.collect())
 }
 
 /// A failure as `{kind: {code, message}}`.

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::case::{Case, Delivered};
+use super::case::{Case, Input};
 use super::effects::Effects;
 use super::runner::{Fault, Run, Runner};
 
@@ -29,14 +29,10 @@ pub struct Tortured {
 pub async fn torture(
     runner: &Runner,
     case: &Case,
-    deliveries: &[Delivered],
+    inputs: &[Input],
     undisturbed: &Run,
 ) -> Result<Tortured> {
-    let run = async |fault| {
-        runner
-            .run(&[&case.given], case.now, deliveries, fault)
-            .await
-    };
+    let run = async |fault| runner.run(&[&case.given], case.now, inputs, fault).await;
 
     // Values that differ without a fault, such as times, may differ with one.
     let mut expected: Effects = undisturbed.effects.clone();
@@ -58,28 +54,28 @@ pub async fn torture(
 /// A crash at each host call, and a conflict at each statement.
 fn faults(undisturbed: &Run) -> Vec<Fault> {
     let mut faults = Vec::new();
-    for (message, calls) in undisturbed.host_calls.iter().enumerate() {
-        faults.extend((1..=*calls).map(|call| Fault::Crash { message, call }));
+    for (input, calls) in undisturbed.host_calls.iter().enumerate() {
+        faults.extend((1..=*calls).map(|call| Fault::Crash { input, call }));
     }
-    for (message, statements) in undisturbed.statements.iter().enumerate() {
+    for (input, statements) in undisturbed.statements.iter().enumerate() {
         let each = 1..=*statements;
-        faults.extend(each.map(|statement| Fault::Conflict { message, statement }));
+        faults.extend(each.map(|statement| Fault::Conflict { input, statement }));
     }
     faults
 }
 
-impl std::fmt::Display for Fault {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Fault {
+    /// The fault in words; `kind` names the input.
+    pub fn describe(&self, kind: &str) -> String {
         match self {
-            Fault::None => f.write_str("no fault"),
-            Fault::Crash { message, call } => {
-                write!(f, "a crash at host call {call} of message {}", message + 1)
+            Fault::None => "no fault".to_owned(),
+            Fault::Crash { input, call } => {
+                format!("a crash at host call {call} of {kind} {}", input + 1)
             }
-            Fault::Conflict { message, statement } => {
-                write!(
-                    f,
-                    "a conflict at statement {statement} of message {}",
-                    message + 1
+            Fault::Conflict { input, statement } => {
+                format!(
+                    "a conflict at statement {statement} of {kind} {}",
+                    input + 1
                 )
             }
         }
