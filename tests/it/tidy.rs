@@ -50,7 +50,10 @@ fn each_outside_library_has_one_module() -> Result<()> {
         ("async_nats", &["bus"]),
         ("prometheus_client", &["metrics"]),
         // Part of the interface of wasmtime-wasi-http.
-        ("hyper", &["alarms", "guest", "http_server", "https", "registry"]),
+        (
+            "hyper",
+            &["alarms", "guest", "http_server", "https", "registry"],
+        ),
         // Process limits: open files, and those of the compiler process.
         ("rustix", &["http_server", "guest"]),
         ("tokio_rustls", &["bus", "https"]),
