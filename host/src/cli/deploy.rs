@@ -98,7 +98,7 @@ impl Deploy {
             return Ok(plan);
         }
         let activated: Activated = client.post("/deploy", &proposal).await?;
-        rollout::wait(client, &activated, self.no_wait).await?;
+        rollout::wait(client, &activated, plan.changes.is_empty(), self.no_wait).await?;
         Ok(plan)
     }
 }
@@ -199,7 +199,7 @@ impl Rollback {
             to: self.to,
         };
         let activated: Activated = client.post("/rollback", &request).await?;
-        rollout::wait(&client, &activated, self.no_wait).await
+        rollout::wait(&client, &activated, false, self.no_wait).await
     }
 }
 
