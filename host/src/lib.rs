@@ -44,6 +44,8 @@ pub mod bus;
 pub mod guest;
 // HTTP listeners with bounds on connections, time and memory, by hyper.
 mod http_server;
+// OCI registries: components and their signatures.
+mod registry;
 // The database, by sqlx.
 pub mod store;
 
@@ -53,6 +55,8 @@ mod component;
 pub mod config;
 // Metrics and health.
 pub mod metrics;
+// Requests to other servers over HTTP and HTTPS, by hyper and rustls.
+mod https;
 
 // Ordered shutdown.
 pub mod drain;

@@ -14,17 +14,26 @@ use crate::delivery::{ConnectionBreaks, Delivery};
 use crate::guest::{Guest, GuestEngine, check_kind};
 use crate::metrics::Metrics;
 use crate::metrics::health::Health;
+use crate::model::hint::WithHint;
+use crate::model::signature::{PublicKeys, Signature};
 use crate::relay::{RelayHandle, RelayState};
 use crate::store::{DeploymentRecord, OutboxRow, Store};
 
 /// The timeout for the age of a worker's oldest message.
 const AGE_WITHIN: Duration = Duration::from_secs(1);
 
+/// The commands that sign a component.
+const SIGN_HINT: &str = "sign it and deploy it again: cosign sign --key cosign.key REFERENCE, \
+     or for a file: cosign sign-blob --key cosign.key --output-signature worker.wasm.sig worker.wasm   \
+     (see docs/deploying.md)";
+
 /// The shared parts of a host.
 pub struct Services {
     pub store: Arc<Store>,
     pub bus: Bus,
     pub engine: GuestEngine,
+    /// The keys by which components have to be signed; `None` if unsigned ones may run.
+    pub component_keys: Option<PublicKeys>,
     pub cache: Cache,
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
@@ -74,6 +83,38 @@ impl Services {
             .collect())
     }
 
+    /// Checks the signature of a component, if this host has keys. Without a given signature, that
+    /// of an earlier deployment counts.
+    ///
+    /// # Errors
+    /// The component is not signed by one of the keys.
+    pub async fn check_signature(
+        &self,
+        digest: &str,
+        wasm: &[u8],
+        given: Option<&Signature>,
+    ) -> Result<()> {
+        let Some(keys) = &self.component_keys else {
+            return Ok(());
+        };
+        let stored = match given {
+            Some(_) => None,
+            None => self.store.signature(digest).await?,
+        };
+        let stored = stored.map(|text| serde_json::from_str::<Signature>(&text));
+        let stored = stored.transpose().context("read the stored signature")?;
+        let checked = match given.or(stored.as_ref()) {
+            Some(signature) => keys.verify(wasm, signature),
+            None => Err("it is not signed".to_owned()),
+        };
+        checked
+            .map_err(anyhow::Error::msg)
+            .context(
+                "this host runs only components that are signed by one of its `component_keys`",
+            )
+            .hint(SIGN_HINT)
+    }
+
     /// Checks and compiles a component. Dropping the future cancels that.
     pub async fn load(&self, wasm: Bytes) -> Result<Guest> {
         Guest::load(&self.engine, wasm).await
@@ -90,6 +131,8 @@ impl Services {
             .component(&deployment.digest)
             .await?
             .with_context(|| format!("component {} is not in the database", deployment.digest))?;
+        self.check_signature(&deployment.digest, &wasm, None)
+            .await?;
         let guest = self.load(wasm.into()).await?;
         check_kind(&worker, guest.handler())?;
         // Secrets are read at each start, so a new value needs only a restart.

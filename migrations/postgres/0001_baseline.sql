@@ -27,6 +27,14 @@ create table oncely.component (
     created_at timestamptz not null default now()
 );
 
+-- The signature with which a component was deployed, as JSON. A host with keys checks it at each
+-- start of the component.
+create table oncely.component_signature (
+    digest    text constraint component_signature_pk primary key
+        constraint component_signature_component references oncely.component,
+    signature text not null
+);
+
 -- One version of a worker: a component and its manifest. Rows are immutable.
 create table oncely.deployment (
     worker     text        not null,

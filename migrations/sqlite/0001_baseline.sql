@@ -27,6 +27,14 @@ create table oncely_component (
     created_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer))
 ) strict;
 
+-- The signature with which a component was deployed, as JSON. A host with keys checks it at each
+-- start of the component.
+create table oncely_component_signature (
+    digest    text constraint component_signature_pk primary key
+        constraint component_signature_component references oncely_component,
+    signature text not null
+) strict;
+
 -- One version of a worker: a component and its manifest. Rows are immutable.
 create table oncely_deployment (
     worker     text    not null,

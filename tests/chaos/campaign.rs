@@ -156,8 +156,9 @@ impl Harm {
         leases: 1,
     };
 
-    /// Applied to every mutant, in addition to its exposure.
-    pub const FOR_MUTANTS: Harm = Harm {
+    /// Applied to the unchanged host that runs beside the mutants, in addition to its exposure. A
+    /// mutant gets its exposure alone.
+    pub const OF_ALL_MUTANTS: Harm = Harm {
         each_point: 0,
         kills: 2,
         pauses: 1,
@@ -683,6 +684,9 @@ impl Campaign {
             }
             Act::StopDatabase => {
                 self.running().await?;
+                // Its last stop may have interrupted everything.
+                let acked = self.passes(fault::AFTER_ACK);
+                self.until_acked(acked).await;
                 self.sleep_randomly(50, 300).await;
                 let cluster = self.cluster.as_mut().context("find the cluster")?;
                 cluster.stop()?;
@@ -1114,17 +1118,22 @@ impl Campaign {
         if self.world.is_host_running() {
             return Ok(());
         }
-        let passes = self.passes(fault::AFTER_ACK);
+        let acked = self.passes(fault::AFTER_ACK);
         self.arm(None);
         self.world.spawn_host()?;
+        self.until_acked(acked).await;
+        Ok(())
+    }
+
+    /// Waits until the host has acknowledged more messages than `acked`, while it runs.
+    async fn until_acked(&mut self, acked: u64) {
         let end = Instant::now() + CHANCE;
         while Instant::now() < end
             && self.world.is_host_running()
-            && self.passes(fault::AFTER_ACK) == passes
+            && self.passes(fault::AFTER_ACK) == acked
         {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        Ok(())
     }
 
     fn kill(&mut self) -> Result<()> {

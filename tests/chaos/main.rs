@@ -112,6 +112,10 @@ async fn run(options: Options) -> Result<bool> {
 /// Mutants that run concurrently; they mostly wait.
 const MUTANTS_AT_ONCE: usize = 5;
 
+/// Minimum number of messages for a mutant that messages expose, and for one that faults expose.
+const MUTANT_INPUTS: u64 = 1_500;
+const MUTANT_INPUTS_WITH_FAULTS: u64 = 600;
+
 /// Runs the campaigns concurrently; true when every rule holds.
 async fn run_campaigns(options: &Options) -> Result<bool> {
     // Plan
@@ -390,14 +394,23 @@ async fn run_mutants(options: &Options) -> Result<bool> {
     let plan = |mutant: &str, seed: u64| {
         let exposure = Exposure::for_mutant(mutant)
             .with_context(|| format!("no campaign is designed to expose {mutant}"))?;
+        let (harm, harm_max) = if mutant == NO_MUTANT {
+            (Harm::OF_ALL_MUTANTS, Duration::from_secs(25))
+        } else {
+            (Harm::default(), Duration::from_secs(15))
+        };
         anyhow::Ok(Plan {
             kind: Kind::Postgres,
             seed,
-            inputs: 1_500,
+            inputs: if exposure.acts.is_empty() {
+                MUTANT_INPUTS
+            } else {
+                MUTANT_INPUTS_WITH_FAULTS
+            },
             batch: options.batch.or(Some(32)),
             lanes: options.lanes,
-            harm_max: Duration::from_secs(25),
-            harm: Harm::FOR_MUTANTS,
+            harm_max,
+            harm,
             mutant: Some(mutant.to_owned()),
             exposure,
             env: options.env.clone(),

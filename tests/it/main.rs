@@ -48,6 +48,7 @@ mod ingress;
 mod ledger;
 mod metrics;
 mod new;
+mod oci;
 mod operating;
 mod order;
 mod positions;

@@ -12,6 +12,7 @@ pub mod postgres;
 pub mod production;
 pub mod proxy;
 pub mod redis;
+pub mod registry;
 pub mod server;
 pub mod world;
 

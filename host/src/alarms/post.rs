@@ -1,26 +1,20 @@
 //! One POST to a webhook: a connection of its own, a timeout, and a signature as in Standard
 //! Webhooks.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::header::{CONTENT_TYPE, HOST, USER_AGENT};
+use hyper::header::CONTENT_TYPE;
 use hyper::{Method, Request, StatusCode};
-use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use ring::hmac;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::rustls::pki_types::ServerName;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use crate::config::{Secret, Webhook, webhook_key};
+use crate::https::HttpsClient;
 
 /// The timeout of one POST, from name resolution to the answer.
 const POST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -39,8 +33,7 @@ pub(super) enum PostResult {
 pub struct WebhookClient {
     webhook: Webhook,
     key: Option<hmac::Key>,
-    /// Set for https URLs.
-    tls: Option<TlsConnector>,
+    client: HttpsClient,
 }
 
 impl WebhookClient {
@@ -52,12 +45,15 @@ impl WebhookClient {
         let key = secret
             .and_then(webhook_key)
             .map(|key| hmac::Key::new(hmac::HMAC_SHA256, &key));
-        let tls = if webhook.is_tls {
-            Some(tls().context("set up TLS")?)
-        } else {
-            None
-        };
-        Ok(WebhookClient { webhook, key, tls })
+        let client = HttpsClient::default();
+        if webhook.is_tls {
+            client.tls()?;
+        }
+        Ok(WebhookClient {
+            webhook,
+            key,
+            client,
+        })
     }
 
     /// Sends `body` under an id that is the same for each attempt.
@@ -70,33 +66,18 @@ impl WebhookClient {
     }
 
     async fn send(&self, id: &str, body: Bytes, now: Timestamp) -> Result<StatusCode> {
-        let Webhook { host, port, .. } = &self.webhook;
-        let stream = TcpStream::connect((host.trim_matches(['[', ']']), *port)).await;
-        let stream = stream.with_context(|| format!("connect to {}", self.webhook.redacted()))?;
         let request = self.request(id, body, now)?;
-        match &self.tls {
-            None => send_request(stream, request).await,
-            Some(tls) => {
-                let name = host.trim_matches(['[', ']']).to_owned();
-                let name = ServerName::try_from(name).context("parse the webhook's host name")?;
-                let stream = tls.connect(name, stream).await;
-                send_request(
-                    stream
-                        .with_context(|| format!("start TLS with {}", self.webhook.redacted()))?,
-                    request,
-                )
-                .await
-            }
-        }
+        let answer = self.client.send(request).await;
+        let shown = || format!("post to {}", self.webhook.redacted());
+        // The body of the answer is ignored.
+        answer.map(|answer| answer.status()).with_context(shown)
     }
 
     fn request(&self, id: &str, body: Bytes, now: Timestamp) -> Result<Request<Full<Bytes>>> {
         let timestamp = now.as_second();
         let mut request = Request::builder()
             .method(Method::POST)
-            .uri(&self.webhook.path)
-            .header(HOST, &self.webhook.authority)
-            .header(USER_AGENT, concat!("oncely/", env!("CARGO_PKG_VERSION")))
+            .uri(self.webhook.url())
             .header(CONTENT_TYPE, "application/json")
             .header("webhook-id", id)
             .header("webhook-timestamp", timestamp);
@@ -115,25 +96,6 @@ fn signature(key: &hmac::Key, id: &str, timestamp: i64, body: &[u8]) -> String {
     format!("v1,{}", STANDARD.encode(signing.sign()))
 }
 
-/// Sends a request on a connection and returns the status. The body of the answer is ignored.
-async fn send_request(
-    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    request: Request<Full<Bytes>>,
-) -> Result<StatusCode> {
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let answer = sender.send_request(request);
-    tokio::pin!(answer);
-    tokio::select! {
-        // Drives the request; it ends before the answer only when the connection breaks.
-        ended = connection => match ended {
-            Ok(()) => Ok(answer.await.context("read the answer")?.status()),
-            Err(error) => Err(error).context("send an alarm"),
-        },
-        answer = &mut answer => Ok(answer.context("send an alarm")?.status()),
-    }
-}
-
 fn classify(status: StatusCode) -> PostResult {
     const PATIENCE: [StatusCode; 3] = [
         StatusCode::REQUEST_TIMEOUT,
@@ -146,26 +108,6 @@ fn classify(status: StatusCode) -> PostResult {
         _ if status.is_client_error() && !PATIENCE.contains(&status) => PostResult::Rejected(why),
         _ => PostResult::Failed(why),
     }
-}
-
-/// TLS with the root certificates of the operating system.
-fn tls() -> Result<TlsConnector> {
-    let mut roots = RootCertStore::empty();
-    let found = rustls_native_certs::load_native_certs();
-    roots.add_parsable_certificates(found.certs);
-    if roots.is_empty() {
-        bail!(
-            "no root certificates found in the operating system: {:?}",
-            found.errors
-        );
-    }
-    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .context("select the versions of TLS")?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(TlsConnector::from(Arc::new(config)))
 }
 
 #[cfg(test)]

@@ -17,9 +17,11 @@ use sha2::{Digest, Sha256};
 
 use crate::bus::OutgoingMessage;
 use crate::component;
+use crate::config::manifest::Worker;
 use crate::model::alarm::Alarm;
 use crate::model::hint::{self, WithHint};
 use crate::model::message;
+use crate::model::oci::Reference;
 use crate::model::redrive;
 use crate::model::sql::Dialect;
 use crate::model::subject;
@@ -249,6 +251,9 @@ async fn workers(State(host): State<Arc<Host>>) -> ApiResult<Vec<WorkerState>> {
 pub struct Deployment {
     pub version: u32,
     pub digest: String,
+    /// The registry that the component came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub component: Option<Reference>,
     pub created_at: jiff::Timestamp,
     pub active: bool,
 }
@@ -270,6 +275,9 @@ async fn deployments(
     let shown = records.into_iter().map(|record| Deployment {
         active: is_active(record.version),
         version: record.version,
+        component: serde_json::from_str(&record.manifest)
+            .ok()
+            .and_then(|worker: Worker| worker.component),
         digest: record.digest,
         created_at: record.created_at,
     });
@@ -282,9 +290,12 @@ pub struct Uploaded {
     pub digest: String,
 }
 
-/// Stores a component after checking that it is a worker.
+/// Stores a component, after checking that it is a worker.
 async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> ApiResult<Uploaded> {
-    host.services.load(wasm.clone()).await?;
+    // With keys, a component is compiled after the check of its signature, by the plan.
+    if host.services.component_keys.is_none() {
+        host.services.load(wasm.clone()).await?;
+    }
     let digest = hex::encode(Sha256::digest(&wasm));
     host.services.store.put_component(&digest, &wasm).await?;
     Ok(Json(Uploaded { digest }))

@@ -14,6 +14,9 @@ use crate::config::manifest::{Manifest, Source, Worker, WorkerEntry};
 use crate::guest::check_kind;
 use crate::ingress::check_routes;
 use crate::model::hint::WithHint;
+use crate::model::oci::{Digest, Reference};
+use crate::model::signature::Signature;
+use crate::registry::Artifact;
 
 /// Build the components of a manifest without deploying them, and check them like a deployment.
 #[derive(Debug, Args)]
@@ -51,13 +54,13 @@ pub struct ToolchainArg {
 }
 
 impl Build {
-    pub fn run(self) -> Result<()> {
+    pub async fn run(self) -> Result<()> {
         for path in &self.manifests {
             let manifest = Manifest::load(path, self.environment.name())?;
             manifest.warnings().iter().for_each(term::warning);
             let mut before: Vec<&Worker> = Vec::new();
             for entry in &manifest.workers {
-                let built = BuiltComponent::build(entry, self.toolchain)?;
+                let built = BuiltComponent::build(entry, self.toolchain).await?;
                 component::check_code(&built.wasm).with_context(|| built.error_context(entry))?;
                 entry.check_migrations()?;
                 check_routes(&entry.worker, before.iter().copied())?;
@@ -73,19 +76,22 @@ impl Build {
 pub struct BuiltComponent {
     pub path: PathBuf,
     pub wasm: Vec<u8>,
+    /// The registry that it came from.
+    artifact: Option<Artifact>,
 }
 
 impl BuiltComponent {
-    /// Builds the component of a worker if the manifest has a build step, reads it, and checks its
-    /// form, its handler and its imports. A core module with a handler is made a component.
+    /// Builds the component of a worker if the manifest has a build step, or pulls it from its
+    /// registry, and checks its form, its handler and its imports. A core module with a handler is
+    /// made a component.
     ///
     /// # Errors
     /// The build failed, or the component is not a valid worker.
-    pub fn build(entry: &WorkerEntry, with: ToolchainArg) -> Result<BuiltComponent> {
-        let path = build_or_locate(entry, with)?;
-        let built = BuiltComponent {
-            wasm: read_component(&path)?,
-            path,
+    pub async fn build(entry: &WorkerEntry, with: ToolchainArg) -> Result<BuiltComponent> {
+        let built = match &entry.source {
+            Source::Oci(reference) => pull(entry, reference).await?,
+            // A host in this process handles messages meanwhile.
+            _ => tokio::task::block_in_place(|| build_here(entry, with))?,
         };
         let surface =
             component::inspect(&built.wasm).with_context(|| built.error_context(entry))?;
@@ -93,14 +99,90 @@ impl BuiltComponent {
         Ok(built)
     }
 
+    /// The reference of a component from a registry, with the digest of its manifest.
+    pub fn reference(&self) -> Option<&Reference> {
+        self.artifact.as_ref().map(|artifact| &artifact.reference)
+    }
+
+    /// The signature of the component: in its registry, or in the file next to it with the ending
+    /// `.sig`; `None` if there is none.
+    ///
+    /// # Errors
+    /// The registry fails, or the file cannot be read.
+    pub async fn signature(&mut self) -> Result<Option<Signature>> {
+        if let Some(artifact) = &mut self.artifact {
+            return artifact.signature().await;
+        }
+        let mut path = self.path.clone().into_os_string();
+        path.push(".sig");
+        let path = PathBuf::from(path);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let signature = std::fs::read_to_string(&path);
+        let signature = signature.with_context(|| format!("read {}", path.display()))?;
+        Ok(Some(Signature::File { signature }))
+    }
+
     /// The outermost message of an error about the component.
     pub fn error_context(&self, entry: &WorkerEntry) -> String {
+        let source = match self.reference() {
+            Some(reference) => reference.to_string(),
+            None => self.path.display().to_string(),
+        };
         format!(
-            "the component of worker {}, {}, cannot be deployed",
-            entry.worker.name,
-            self.path.display()
+            "the component of worker {}, {source}, cannot be deployed",
+            entry.worker.name
         )
     }
+}
+
+/// Builds the component of a worker if the manifest has a build step, and reads it.
+fn build_here(entry: &WorkerEntry, with: ToolchainArg) -> Result<BuiltComponent> {
+    let path = build_or_locate(entry, with)?;
+    Ok(BuiltComponent {
+        wasm: read_component(&path)?,
+        path,
+        artifact: None,
+    })
+}
+
+/// Pulls the component of a worker. A file from an earlier pull with the same digest is used again.
+async fn pull(entry: &WorkerEntry, reference: &Reference) -> Result<BuiltComponent> {
+    let name = &entry.worker.name;
+    let context = || format!("pull the component of worker {name}");
+    let mut artifact = Artifact::find(reference).await.with_context(context)?;
+    let path = output_path(entry);
+    let wasm = match std::fs::read(&path) {
+        Ok(wasm) if Digest::of(&wasm) == *artifact.digest() => wasm,
+        _ => {
+            term::note(format!("pulling {name}: {}", artifact.reference));
+            let wasm = artifact.pull().await.with_context(context)?;
+            write(&path, &wasm).with_context(|| format!("write {}", path.display()))?;
+            wasm
+        }
+    };
+    Ok(BuiltComponent {
+        path,
+        wasm,
+        artifact: Some(artifact),
+    })
+}
+
+/// The file of a component that Oncely compiles or pulls.
+fn output_path(entry: &WorkerEntry) -> PathBuf {
+    let file = format!("{}.wasm", entry.worker.name);
+    entry.folder.join("target").join("oncely").join(file)
+}
+
+/// Writes a file completely or not at all.
+fn write(path: &Path, wasm: &[u8]) -> Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder)?;
+    let file = tempfile::NamedTempFile::new_in(folder)?;
+    std::fs::write(file.path(), wasm)?;
+    file.persist(path)?;
+    Ok(())
 }
 
 /// Builds the component of a worker if the manifest has a build step, and returns its path.
@@ -108,11 +190,7 @@ fn build_or_locate(entry: &WorkerEntry, with: ToolchainArg) -> Result<PathBuf> {
     let name = &entry.worker.name;
     match &entry.source {
         Source::Crate(folder) => {
-            let out = entry
-                .folder
-                .join("target")
-                .join("oncely")
-                .join(format!("{name}.wasm"));
+            let out = output_path(entry);
             let mut progress = |line: &str| term::note(line);
             build_component(folder, &out, with.toolchain, &mut progress).with_context(|| {
                 format!("build the crate of worker {name} in {}", folder.display())
@@ -134,6 +212,7 @@ fn build_or_locate(entry: &WorkerEntry, with: ToolchainArg) -> Result<PathBuf> {
             }
             Ok(path.clone())
         }
+        Source::Oci(reference) => bail!("{reference} is pulled, not built"),
     }
 }
 

@@ -11,7 +11,7 @@ use super::client::{Client, HostArgs};
 use super::exit::Exit;
 use super::{rollout, term};
 use crate::api::{Activated, RetireRequest, RollbackRequest, Uploaded};
-use crate::config::manifest::{Manifest, WorkerEntry};
+use crate::config::manifest::{Manifest, Worker, WorkerEntry};
 use crate::model::sql::Dialect;
 use crate::runtime::RetiredWorker;
 use crate::runtime::deploy::{Plan, Proposal};
@@ -82,14 +82,14 @@ impl Deploy {
         manifest: &Manifest,
         entry: &WorkerEntry,
     ) -> Result<Plan> {
-        let built = BuiltComponent::build(entry, self.toolchain)?;
-        let error_context = built.error_context(entry);
+        let mut built = BuiltComponent::build(entry, self.toolchain).await?;
         let dialect: Dialect = client.get("/dialect").await?;
+        let wasm = std::mem::take(&mut built.wasm);
         let uploaded: Uploaded = client
-            .upload("/components", built.wasm)
+            .upload("/components", wasm)
             .await
-            .context(error_context)?;
-        let proposal = propose(manifest, entry, uploaded.digest, dialect)?;
+            .with_context(|| built.error_context(entry))?;
+        let proposal = propose(manifest, entry, built, uploaded.digest, dialect).await?;
         let plan: Plan = client.post("/plan", &proposal).await?;
         if !self.json {
             show_plan(&plan);
@@ -98,7 +98,7 @@ impl Deploy {
             return Ok(plan);
         }
         let activated: Activated = client.post("/deploy", &proposal).await?;
-        rollout::wait(client, &activated, self.no_wait).await?;
+        rollout::wait(client, &activated, plan.changes.is_empty(), self.no_wait).await?;
         Ok(plan)
     }
 }
@@ -138,18 +138,23 @@ impl<'p> PlanDocument<'p> {
 }
 
 /// The proposal for the host, sent after the component.
-pub fn propose(
+pub async fn propose(
     manifest: &Manifest,
     entry: &WorkerEntry,
+    mut built: BuiltComponent,
     digest: String,
     dialect: Dialect,
 ) -> Result<Proposal> {
     let migrations: Vec<WorkerMigration> = entry.migrations_for(dialect)?;
     Ok(Proposal {
-        worker: entry.worker.clone(),
+        worker: Worker {
+            component: built.reference().cloned(),
+            ..entry.worker.clone()
+        },
         digest,
         streams: manifest.streams.clone(),
         migrations,
+        signature: built.signature().await?,
     })
 }
 
@@ -194,7 +199,7 @@ impl Rollback {
             to: self.to,
         };
         let activated: Activated = client.post("/rollback", &request).await?;
-        rollout::wait(&client, &activated, self.no_wait).await
+        rollout::wait(&client, &activated, false, self.no_wait).await
     }
 }
 

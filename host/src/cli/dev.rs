@@ -298,18 +298,16 @@ async fn deploy_in_process(
 ) -> Result<()> {
     manifest.warnings().iter().for_each(term::warning);
     for entry in &manifest.workers {
-        // The host handles messages meanwhile.
-        let built = tokio::task::block_in_place(|| BuiltComponent::build(entry, toolchain))?;
+        let built = BuiltComponent::build(entry, toolchain).await?;
         let digest = hex::encode(Sha256::digest(&built.wasm));
-        host.services
-            .load(built.wasm.clone().into())
-            .await
-            .with_context(|| built.error_context(entry))?;
-        host.services
-            .store
-            .put_component(&digest, &built.wasm)
-            .await?;
-        let proposal = propose(manifest, entry, digest, host.services.store.dialect())?;
+        let services = &host.services;
+        if services.component_keys.is_none() {
+            let loaded = services.load(built.wasm.clone().into()).await;
+            loaded.with_context(|| built.error_context(entry))?;
+        }
+        services.store.put_component(&digest, &built.wasm).await?;
+        let dialect = services.store.dialect();
+        let proposal = propose(manifest, entry, built, digest, dialect).await?;
         let (plan, _) = deploy::deploy(host, &proposal).await?;
         show_plan(&plan);
     }

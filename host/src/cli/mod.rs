@@ -75,7 +75,7 @@ impl Cli {
             Command::New(new) => new.run(),
             Command::Dev(dev) => dev.run().await,
             Command::Run(run) => run.run().await,
-            Command::Build(build) => build.run(),
+            Command::Build(build) => build.run().await,
             Command::Test(test) => test.run().await,
             Command::Deploy(deploy) => deploy.run().await,
             Command::Rollback(rollback) => rollback.run().await,

@@ -15,6 +15,10 @@ use crate::runtime::RunState;
 const ROLLOUT_TIMEOUT: Duration = Duration::from_secs(120);
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
+/// How long the failure of a version that was active before may be from that time: a host that cannot
+/// run a version tries again after a few seconds.
+const STALE_FAILURE: Duration = Duration::from_secs(5);
+
 /// After how long the pending hosts are shown.
 const REPORT_AFTER: Duration = Duration::from_secs(2);
 
@@ -25,11 +29,17 @@ enum RolloutState {
     Failed(String),
 }
 
-/// Waits until every live host runs the activated version, and prints the result.
+/// Waits until every live host runs the activated version, and prints the result. A version that
+/// `was_active` may have failed before what made it run, such as a signature.
 ///
 /// # Errors
 /// A host cannot run the version.
-pub async fn wait(client: &Client, activated: &Activated, no_wait: bool) -> Result<()> {
+pub async fn wait(
+    client: &Client,
+    activated: &Activated,
+    was_active: bool,
+    no_wait: bool,
+) -> Result<()> {
     let Activated { worker, version } = activated;
     if no_wait {
         return term::data(format!(
@@ -45,6 +55,9 @@ pub async fn wait(client: &Client, activated: &Activated, no_wait: bool) -> Resu
             match rollout_state(on_host, *version) {
                 RolloutState::Running => running += 1,
                 RolloutState::Pending(why) => pending.push(format!("{} {why}", on_host.host)),
+                RolloutState::Failed(_) if was_active && started_at.elapsed() < STALE_FAILURE => {
+                    pending.push(format!("{} tries again", on_host.host));
+                }
                 RolloutState::Failed(why) => failed.push(format!("{}: {why}", on_host.host)),
             }
         }

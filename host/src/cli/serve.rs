@@ -25,7 +25,7 @@ use crate::drain::Stop;
 use crate::guest::GuestEngine;
 use crate::http_server::{self, LateRouter};
 use crate::model::hint::WithHint;
-use crate::runtime::{Host, HostTasks, Retention};
+use crate::runtime::{Host, HostOptions, HostTasks, Retention};
 use crate::store::{PostgresStore, SqliteStore, Store};
 
 /// The reason that a host stopped.
@@ -103,18 +103,15 @@ impl HostProcess {
             .map(poster)
             .transpose()
             .context("set up the webhook")?;
-        let admission = config.admission.clone();
         let engine = GuestEngine::new(&compiled, config.compile.clone())?;
-        let (host, running) = Host::start(
-            store,
-            bus,
-            engine,
+        let options = HostOptions {
             retention,
-            admission,
+            admission: config.admission.clone(),
             webhook,
-            &config.cache,
-        )
-        .await?;
+            cache: config.cache.clone(),
+            component_keys: config.component_keys.clone(),
+        };
+        let (host, running) = Host::start(store, bus, engine, options).await?;
 
         // Serve the control API.
         control_api.set(api::router(Arc::clone(&host), token.reveal()));

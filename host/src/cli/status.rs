@@ -8,6 +8,7 @@ use super::term::{self, Table};
 use crate::api::{Deployment, Status as HostStatus};
 use crate::model::alarm::Alarm;
 use crate::model::breaker;
+use crate::model::oci::Reference;
 use crate::model::units;
 use crate::runtime::WorkerState;
 use crate::store::{RelayMode, WalState, WorkerTotals};
@@ -257,14 +258,20 @@ impl Workers {
             return term::json(&deployments);
         }
         let row = |deployment: &Deployment| {
+            let reference = deployment.component.as_ref();
             vec![
                 deployment.version.to_string(),
                 if deployment.active { "active" } else { "" }.to_owned(),
                 deployment.digest.chars().take(12).collect(),
                 units::format_time(deployment.created_at),
+                reference.map(Reference::to_string).unwrap_or_default(),
             ]
         };
-        let mut table = Table::new(&["version", "state", "component", "deployed at"]);
+        let has_references = deployments.iter().any(|one| one.component.is_some());
+        let source = has_references.then_some("source");
+        let heads = ["version", "state", "component", "deployed at"];
+        let heads: Vec<&str> = heads.into_iter().chain(source).collect();
+        let mut table = Table::new(&heads);
         deployments.iter().map(row).for_each(|row| table.row(row));
         term::data(table.to_string().trim_end())
     }

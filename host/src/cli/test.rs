@@ -210,7 +210,7 @@ struct Bench {
 impl Bench {
     async fn start(entry: &WorkerEntry, test: &Test) -> Result<Bench> {
         // Component
-        let built = BuiltComponent::build(entry, test.toolchain)?;
+        let built = BuiltComponent::build(entry, test.toolchain).await?;
         let data_dir = make_data_dir(&entry.folder.join(DATA_DIR))?;
         let engine = GuestEngine::new(&data_dir.join("compiled"), CompileSettings::default())?;
         let guest = Guest::load(&engine, built.wasm.clone().into())

@@ -66,7 +66,7 @@ impl Sources {
                 Source::Component { path, build: None } => {
                     places.components.insert(path.clone());
                 }
-                Source::Component { .. } => {}
+                Source::Component { .. } | Source::Oci(_) => {}
             }
         }
         let files = places.list();

@@ -9,10 +9,12 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::model::request::Admission;
+use crate::model::signature::PublicKeys;
 use crate::model::units;
 
 mod cache;
 mod compile;
+mod component_keys;
 mod http;
 pub mod manifest;
 mod nats;
@@ -42,7 +44,7 @@ pub const HTTP_ADDRESS: &str = "127.0.0.1:7480";
 
 /// Every setting by its key in the file. Its flag is `--key` with hyphens, its variable is
 /// `ONCELY_KEY`.
-pub(crate) const SETTINGS: [&str; 34] = [
+pub(crate) const SETTINGS: [&str; 35] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -77,6 +79,7 @@ pub(crate) const SETTINGS: [&str; 34] = [
     "cache_url",
     "compile_time",
     "compile_memory",
+    "component_keys",
 ];
 
 /// The settings as flags. They stay text here: [`HostConfig::resolve`] parses them, whatever their
@@ -211,6 +214,10 @@ pub struct HostFlags {
     /// Limit the memory to compile one component [default: 2GiB] [env: ONCELY_COMPILE_MEMORY]
     #[arg(long, value_name = "SIZE")]
     pub compile_memory: Option<String>,
+    /// Run only components that are signed by one of the public keys in this PEM file [default:
+    /// any component] [env: ONCELY_COMPONENT_KEYS]
+    #[arg(long, value_name = "FILE")]
+    pub component_keys: Option<String>,
 }
 
 /// The checked configuration of a host.
@@ -269,6 +276,8 @@ pub struct HostConfig {
     pub cache: CacheSettings,
     /// The limits of time and memory for compiling one component.
     pub compile: CompileSettings,
+    /// The keys by which components have to be signed; `None` if unsigned ones may run.
+    pub component_keys: Option<PublicKeys>,
 }
 
 /// The relay mode: how outputs are published.
@@ -414,6 +423,10 @@ impl HostConfig {
                 .transpose()?,
             cache: cache::resolve(&sources)?,
             compile: compile::resolve(&sources)?,
+            component_keys: sources
+                .get("component_keys")
+                .map(|setting| component_keys::component_keys(&setting))
+                .transpose()?,
             data_dir,
         })
     }

@@ -115,6 +115,7 @@ fn flag_values(flags: &HostFlags) -> [(&'static str, &Option<String>); SETTINGS.
         ("cache_url", &flags.cache_url),
         ("compile_time", &flags.compile_time),
         ("compile_memory", &flags.compile_memory),
+        ("component_keys", &flags.component_keys),
     ]
 }
 

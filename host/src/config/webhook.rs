@@ -14,10 +14,6 @@ use super::sources::Setting;
 pub struct Webhook {
     /// Whether the scheme is `https`.
     pub is_tls: bool,
-    /// A host name or an IP address, without the port.
-    pub host: String,
-    /// The port; by default 443 for `https` and 80 for `http`.
-    pub port: u16,
     /// Host and port as configured.
     pub authority: String,
     /// Path and query.
@@ -58,10 +54,6 @@ pub(super) fn webhook(setting: &Setting) -> anyhow::Result<Webhook> {
     }
     Ok(Webhook {
         is_tls,
-        host: authority.host().to_owned(),
-        port: authority
-            .port_u16()
-            .unwrap_or(if is_tls { 443 } else { 80 }),
         authority: authority.to_string(),
         path: uri
             .path_and_query()
@@ -92,6 +84,11 @@ pub fn key(secret: &Secret) -> Option<Vec<u8>> {
 }
 
 impl Webhook {
+    /// The URL. It must not be shown.
+    pub fn url(&self) -> String {
+        format!("{}{}", self.redacted(), self.path)
+    }
+
     /// The URL without path and query, for display.
     pub fn redacted(&self) -> String {
         format!(

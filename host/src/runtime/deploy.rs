@@ -15,6 +15,7 @@ use crate::consumer::subscriptions;
 use crate::guest::check_kind;
 use crate::ingress::check_routes;
 use crate::model::hint::WithHint;
+use crate::model::signature::Signature;
 use crate::model::subject;
 use crate::runtime::Host;
 use crate::runtime::plan_details::{
@@ -31,6 +32,9 @@ pub struct Proposal {
     /// Streams that the manifest declares. Missing ones are created.
     pub streams: Vec<Stream>,
     pub migrations: Vec<WorkerMigration>,
+    /// The signature of the component.
+    #[serde(default)]
+    pub signature: Option<Signature>,
 }
 
 /// The changes that a deployment will make.
@@ -58,6 +62,11 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         .with_context(|| format!("the component {} was not uploaded", proposal.digest))?;
 
     // The component, the routes and the streams.
+    let signature = proposal.signature.as_ref();
+    host.services
+        .check_signature(&proposal.digest, &wasm, signature)
+        .await
+        .with_context(|| cannot_be_deployed(&proposal.worker))?;
     let guest = host.services.load(wasm.into()).await?;
     check_kind(&proposal.worker, guest.handler())?;
     proposal.worker.compile_schemas()?;
@@ -133,6 +142,11 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
 /// Creates the deployment and activates it. If nothing would change, returns the active one.
 pub async fn deploy(host: &Host, proposal: &Proposal) -> Result<(Plan, DeploymentRecord)> {
     let plan = plan(host, proposal).await?;
+    if let Some(signature) = &proposal.signature {
+        let signature = serde_json::to_string(signature).context("write the signature")?;
+        let store = &host.services.store;
+        store.put_signature(&proposal.digest, &signature).await?;
+    }
     if plan.changes.is_empty()
         && let Some(active) = host
             .services
@@ -188,7 +202,7 @@ pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<Depl
     };
 
     // The earlier version must still fit the routes and the streams.
-    if let Some(earlier) = host
+    if let Some(record) = host
         .services
         .store
         .deployments(worker)
@@ -197,9 +211,10 @@ pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<Depl
         .find(|one| one.version == version)
     {
         let earlier: Worker =
-            serde_json::from_str(&earlier.manifest).context("read the earlier manifest")?;
+            serde_json::from_str(&record.manifest).context("read the earlier manifest")?;
         check_routes(&earlier, host.services.deployed_workers().await?.iter())?;
         check_consumer(host, &earlier).await?;
+        check_stored_signature(host, &earlier, &record.digest).await?;
     }
     let record = host
         .services
@@ -210,6 +225,21 @@ pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<Depl
         .hint(format!("oncely workers {worker}"))?;
     host.notify_deployed();
     Ok(record)
+}
+
+/// Checks the signature of a component that was deployed before, if this host has keys.
+async fn check_stored_signature(host: &Host, worker: &Worker, digest: &str) -> Result<()> {
+    let services = &host.services;
+    if services.component_keys.is_none() {
+        return Ok(());
+    }
+    let wasm = services.store.component(digest).await?.unwrap_or_default();
+    let checked = services.check_signature(digest, &wasm, None).await;
+    checked.with_context(|| cannot_be_deployed(worker))
+}
+
+fn cannot_be_deployed(worker: &Worker) -> String {
+    format!("the component of worker {} cannot be deployed", worker.name)
 }
 
 /// Checks that the worker can consume its stream and its redrives: a version that never can is not
@@ -360,7 +390,11 @@ fn describe(worker: &Worker, digest: &str, imports: Vec<Value>) -> Result<Value>
             (schema.subject.clone(), Value::from(text))
         });
         tree.insert("schemas".to_owned(), schemas.collect());
-        tree.insert("component".to_owned(), Value::from(digest));
+        let component = match &worker.component {
+            Some(reference) => format!("{digest} from {reference}"),
+            None => digest.to_owned(),
+        };
+        tree.insert("component".to_owned(), Value::from(component));
         tree.insert("imports".to_owned(), Value::from(imports));
     }
     Ok(tree)

@@ -30,7 +30,7 @@ pub use health_checks::{HostReport, WorkerReport};
 pub use recovery::Recovery;
 pub use retention::Retention;
 pub use retirement::RetiredWorker;
-pub use start::HostTasks;
+pub use start::{HostOptions, HostTasks};
 use worker_entry::Slot;
 pub use worker_state::{RunState, WorkerState};
 

@@ -22,12 +22,24 @@ use crate::ingress::Ingress;
 use crate::metrics::Metrics;
 use crate::model::invalidation::CACHE_STREAM;
 use crate::model::request::Admission;
+use crate::model::signature::PublicKeys;
 use crate::relay::{Relay, RelayModeController, RelayState, Repair, WalRelay};
 use crate::services::{RelayLink, Services};
 use crate::store::Store;
 
 /// How long closing the database connections may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The settings of a host.
+pub struct HostOptions {
+    pub retention: Retention,
+    pub admission: Admission,
+    /// Posts alarms.
+    pub webhook: Option<WebhookClient>,
+    pub cache: CacheSettings,
+    /// The keys by which components have to be signed; `None` if unsigned ones may run.
+    pub component_keys: Option<PublicKeys>,
+}
 
 /// The tasks of a running host, in the order of shutdown.
 pub struct HostTasks {
@@ -50,8 +62,7 @@ struct Parts {
 }
 
 impl Host {
-    /// Starts a host: its lease, its relay and all deployed workers. `webhook` posts alarms, if
-    /// configured.
+    /// Starts a host: its lease, its relay and all deployed workers.
     ///
     /// # Errors
     /// The host's own streams, its lease or its relay cannot be set up. A worker that cannot run is
@@ -60,27 +71,15 @@ impl Host {
         store: Arc<Store>,
         bus: Bus,
         engine: GuestEngine,
-        retention: Retention,
-        admission: Admission,
-        webhook: Option<WebhookClient>,
-        cache: &CacheSettings,
+        mut options: HostOptions,
     ) -> Result<(Arc<Host>, HostTasks)> {
         health_checks::create_own_streams(&bus).await?;
         let mut running = HostTasks::default();
 
         let relay_state = running.begin_lease(&store).await?;
-        let cache = |metrics| Cache::open(cache, metrics);
         let stopping = running.supervision.stopping();
-        let parts = Parts::new(
-            store,
-            bus,
-            engine,
-            retention,
-            admission,
-            cache,
-            relay_state,
-            stopping,
-        )?;
+        let webhook = options.webhook.take();
+        let parts = Parts::new(store, bus, engine, options, relay_state, stopping)?;
         let host = Arc::clone(&parts.host);
 
         // Nothing is published or consumed before the database and NATS are compared.
@@ -103,14 +102,11 @@ impl Host {
 }
 
 impl Parts {
-    #[expect(clippy::too_many_arguments, reason = "the parts of a host, each once")]
     fn new(
         store: Arc<Store>,
         bus: Bus,
         engine: GuestEngine,
-        retention: Retention,
-        admission: Admission,
-        open_cache: impl FnOnce(Arc<Metrics>) -> Result<Cache>,
+        options: HostOptions,
         relay_state: Arc<RelayState>,
         stopping: Stopping,
     ) -> Result<Self> {
@@ -139,22 +135,23 @@ impl Parts {
             bus.clone(),
             Arc::clone(&metrics),
             Arc::clone(&relay_state),
-            retention.outputs,
+            options.retention.outputs,
         );
-        let cache = open_cache(Arc::clone(&metrics))?;
+        let cache = Cache::open(&options.cache, Arc::clone(&metrics))?;
         let (shared_store, shared_metrics) = (Arc::clone(&store), Arc::clone(&metrics));
         let ingress = Ingress::new(
             shared_store,
             relay_handle.clone(),
             shared_metrics,
             bus.clone(),
-            admission,
+            options.admission,
             cache.clone(),
         );
         let services = Services {
             store,
             bus,
             engine,
+            component_keys: options.component_keys,
             cache,
             metrics,
             health: Arc::default(),
@@ -163,7 +160,7 @@ impl Parts {
         };
         let host = Arc::new(Host {
             services: Arc::new(services),
-            retention,
+            retention: options.retention,
             ingress: Arc::new(ingress),
             workers: Mutex::new(BTreeMap::new()),
             hold: std::sync::Mutex::default(),

@@ -29,6 +29,30 @@ pub(super) async fn component(db: &mut Db, digest: &str) -> Result<Option<Vec<u8
         .transpose()
 }
 
+/// Replaces the signature of a stored component.
+pub(super) async fn put_signature(db: &mut Db, digest: &str, signature: &str) -> Result<()> {
+    let sql = Sql {
+        postgres: "insert into oncely.component_signature (digest, signature) values ($1, $2)
+         on conflict (digest) do update set signature = excluded.signature",
+        sqlite: "insert into oncely_component_signature (digest, signature) values ($1, $2)
+         on conflict (digest) do update set signature = excluded.signature",
+        doing: "store a signature",
+    };
+    let params = [Param::Text(digest), Param::Text(signature)];
+    db.execute(sql, &params).await.map(drop)
+}
+
+pub(super) async fn signature(db: &mut Db, digest: &str) -> Result<Option<String>> {
+    let sql = Sql {
+        postgres: "select signature from oncely.component_signature where digest = $1",
+        sqlite: "select signature from oncely_component_signature where digest = $1",
+        doing: "read a signature",
+    };
+    let row = db.fetch_optional(sql, &[Param::Text(digest)]).await?;
+    row.map(|row| read_row(&row, sql.doing, |row| row.text("signature")))
+        .transpose()
+}
+
 /// The migrations of a worker that ran, with their checksums.
 async fn applied_migrations(db: &mut Db, worker: &str) -> Result<HashMap<String, Vec<u8>>> {
     let sql = Sql {

@@ -405,6 +405,21 @@ impl Store {
         Ok(found)
     }
 
+    /// Stores the signature of a component, as JSON. It replaces an earlier one.
+    pub async fn put_signature(&self, digest: &str, signature: &str) -> Result<()> {
+        let mut db = self.write().await?;
+        deployments::put_signature(&mut db, digest, signature).await?;
+        db.commit().await
+    }
+
+    /// The signature of a component; `None` if it was deployed without one.
+    pub async fn signature(&self, digest: &str) -> Result<Option<String>> {
+        let mut db = self.read().await?;
+        let found = deployments::signature(&mut db, digest).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
     /// Creates the next deployment of a worker and activates it, in one transaction with the
     /// worker's due migrations.
     ///

@@ -12,6 +12,7 @@ use crate::config::schema;
 use crate::model::alarm::Thresholds;
 use crate::model::hint::WithHint;
 use crate::model::message::{Headers, Message};
+use crate::model::oci::Reference;
 use crate::model::retry::RetryPolicy;
 use crate::model::sql::SqlLimits;
 use crate::model::subject;
@@ -91,6 +92,8 @@ pub enum Source {
         /// The command that builds the file; `None` if the file exists already.
         build: Option<String>,
     },
+    /// A component in a registry.
+    Oci(Reference),
 }
 
 /// A worker with all defaults filled in. Deployments store it as JSON, and hosts run it.
@@ -98,6 +101,9 @@ pub enum Source {
 pub struct Worker {
     /// The name, unique in an installation.
     pub name: String,
+    /// The registry that its component comes from, with the digest; `None` for one that was built.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub component: Option<Reference>,
     /// The stream it consumes; `None` for a worker that answers HTTP requests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<String>,

@@ -13,6 +13,7 @@ use crate::config::manifest::{
 };
 use crate::config::toml_text::{Located, Section, Text};
 use crate::model::alarm::Thresholds;
+use crate::model::oci::Reference;
 use crate::model::redrive::REDRIVE_STREAM;
 use crate::model::retry::{OnDeterministicFailure, RetryPolicy, WAIT_MAX};
 use crate::model::subject::{check_pattern, covers, is_reserved, overlaps};
@@ -218,6 +219,7 @@ fn worker(
     let outputs = values(section.texts("outputs", "[\"payments.settled\"]", check_own_pattern)?);
     let worker = Worker {
         name: name.value,
+        component: None,
         stream: stream.map(|stream| stream.value),
         routes,
         subjects,
@@ -364,6 +366,9 @@ fn source(text: Text<'_>, section: &Section<'_>, folder: &Path) -> anyhow::Resul
             ))
         }
         (Some(path), None, None) => Ok(Source::Crate(folder.join(path.value))),
+        (None, Some(component), build) if Reference::is_reference(&component.value) => {
+            oci_source(text, &component, build.as_ref())
+        }
         (None, Some(path), build) => Ok(Source::Component {
             path: folder.join(path.value),
             build: build.map(|build| build.value),
@@ -387,6 +392,27 @@ fn source(text: Text<'_>, section: &Section<'_>, folder: &Path) -> anyhow::Resul
             ))
         }
     }
+}
+
+/// The reference of a component in a registry.
+fn oci_source(
+    text: Text<'_>,
+    component: &Located<String>,
+    build: Option<&Located<String>>,
+) -> anyhow::Result<Source> {
+    if let Some(build) = build {
+        return Err(text.refuse(
+            &build.span,
+            "`build` is for a file, but `component` is in a registry",
+            "remove it, or name the built file: component = \"worker.wasm\"",
+        ));
+    }
+    let reference = Reference::try_from(component.value.clone()).map_err(|why| {
+        let hint = "for example: component = \"oci://registry.example.com/team/worker:1.2\", \
+                    or with a digest: …/worker@sha256:…";
+        text.refuse(&component.span, format!("`component` {why}"), hint)
+    })?;
+    Ok(Source::Oci(reference))
 }
 
 /// The subjects that a worker consumes. Each must be within its stream, if the manifest declares

@@ -93,6 +93,7 @@ fn every_key_of_a_manifest_is_read() {
     );
     let expected = Worker {
         name: "settle".into(),
+        component: None,
         stream: Some("PAYMENTS".into()),
         routes: Vec::new(),
         subjects: vec!["payments.requested".into()],
@@ -240,6 +241,39 @@ fn omitted_keys_get_their_defaults() {
         (OnFailure::Skip, Isolation::Message)
     );
     assert!(other.worker.subjects.is_empty() && other.worker.outputs.is_empty());
+}
+
+#[test]
+fn a_component_in_a_registry_has_a_reference() {
+    let parse = |lines: &str| {
+        let text = format!("[[worker]]\nname = \"a\"\nstream = \"S\"\n{lines}");
+        let manifest = Manifest::parse(&text, "oncely.toml");
+        manifest.map(|manifest| manifest.workers[0].source.clone())
+    };
+    let reference = "oci://registry.example.com/team/worker:1.2";
+    let source = parse(&format!("component = \"{reference}\"")).unwrap();
+    assert!(matches!(&source, Source::Oci(found) if found.to_string() == reference));
+
+    for (lines, what, hint) in [
+        (
+            "component = \"oci://registry.example.com/team/worker\"",
+            "4: `component` `oci://registry.example.com/team/worker` has neither",
+            "component = \"oci://registry.example.com/team/worker:1.2\"",
+        ),
+        (
+            "component = \"oci://registry.example.com/a:1\"\nbuild = \"make\"",
+            "5: `build` is for a file",
+            "component = \"worker.wasm\"",
+        ),
+    ] {
+        let error = parse(lines).unwrap_err();
+        assert!(error.to_string().contains(what), "{error}");
+        assert!(
+            hints(&error).join("; ").contains(hint),
+            "{:?}",
+            hints(&error)
+        );
+    }
 }
 
 #[test]
