@@ -55,7 +55,7 @@ impl Explain {
             (false, Some(code)) => Err(anyhow!(
                 Exit::NotFound.with_message(format!("there is no code `{code}`"))
             ))
-            .hint("oncely explain lists all codes; a handler may have codes of its own"),
+            .hint("oncely explain"),
             _ => Ok(()),
         }
     }
@@ -135,7 +135,7 @@ mod tests {
         assert_eq!(
             written,
             reference(),
-            "run: oncely explain --markdown > docs/errors.md"
+            "write the output of `oncely explain --markdown` to docs/errors.md"
         );
     }
 
