@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use jiff::Timestamp;
+use sha2::{Digest, Sha256};
 
 use crate::bus::{Bus, UnhandledMessages};
 use crate::cache::Cache;
@@ -113,6 +114,17 @@ impl Services {
                 "this host runs only components that are signed by one of its `component_keys`",
             )
             .hint(SIGN_HINT)
+    }
+
+    /// Stores a component, after checking that it is a worker. Returns its digest. With keys, it is
+    /// compiled after the check of its signature, by the plan.
+    pub async fn add_component(&self, wasm: Bytes) -> Result<String> {
+        if self.component_keys.is_none() {
+            self.load(wasm.clone()).await?;
+        }
+        let digest = hex::encode(Sha256::digest(&wasm));
+        self.store.put_component(&digest, &wasm).await?;
+        Ok(digest)
     }
 
     /// Checks and compiles a component. Dropping the future cancels that.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use support::world::manifest_of;
+use support::world::{http_manifest, manifest_of};
 use support::{guests, postgres};
 
 /// The output of `oncely test` in a folder, and its exit code.
@@ -28,28 +28,7 @@ fn project(settings: &str, cases: &str) -> Result<tempfile::TempDir> {
 
 /// The same, for a worker that answers requests.
 fn http_project(routes: &str, cases: &str) -> Result<tempfile::TempDir> {
-    let manifest = format!(
-        r#"
-[[stream]]
-name = "OUT"
-subjects = ["out.>"]
-
-[[worker]]
-name = "test"
-component = "{}"
-migrations = "{}"
-outputs = ["out.>"]
-
-[worker.limits]
-time = "1s"
-{routes}
-"#,
-        guests::http_component()?.display(),
-        guests::repository()
-            .join("tests/guests/migrations")
-            .display()
-    );
-    project_of(&manifest, cases)
+    project_of(&http_manifest("1s", routes)?, cases)
 }
 
 fn project_of(manifest: &str, cases: &str) -> Result<tempfile::TempDir> {

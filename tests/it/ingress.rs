@@ -13,7 +13,7 @@ use support::database::Kind;
 use support::eventually::{eventually, eventually_within};
 use support::guests;
 use support::nats::Stored;
-use support::world::{PATIENCE, World};
+use support::world::{PATIENCE, World, http_manifest};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -28,29 +28,8 @@ mod slow;
 
 /// A worker below `/do` whose behaviour is determined by each request.
 fn manifest(route: &str) -> Result<String> {
-    let migrations = guests::repository().join("tests/guests/migrations");
-    Ok(format!(
-        r#"
-[[stream]]
-name = "OUT"
-subjects = ["out.>"]
-
-[[worker]]
-name = "test"
-component = "{}"
-migrations = "{}"
-outputs = ["out.>"]
-
-[worker.limits]
-time = "2s"
-
-[[worker.route]]
-path = "/do/{{*what}}"
-{route}
-"#,
-        guests::http_component()?.display(),
-        migrations.display()
-    ))
+    let route = format!("\n[[worker.route]]\npath = \"/do/{{*what}}\"\n{route}");
+    http_manifest("2s", &route)
 }
 
 /// A complete response.

@@ -48,6 +48,31 @@ pub fn manifest(settings: &str) -> Result<String> {
     Ok(manifest_of(&guests::component()?, settings))
 }
 
+/// One worker `test` with these routes, whose behaviour is determined by each request, with outputs
+/// on the stream OUT. `time` is its limit.
+pub fn http_manifest(time: &str, routes: &str) -> Result<String> {
+    let migrations = guests::repository().join("tests/guests/migrations");
+    Ok(format!(
+        r#"
+[[stream]]
+name = "OUT"
+subjects = ["out.>"]
+
+[[worker]]
+name = "test"
+component = "{}"
+migrations = "{}"
+outputs = ["out.>"]
+
+[worker.limits]
+time = "{time}"
+{routes}
+"#,
+        guests::http_component()?.display(),
+        migrations.display()
+    ))
+}
+
 /// Like [`manifest`], for another component.
 pub fn manifest_of(component: &Path, settings: &str) -> String {
     let migrations = guests::repository().join("tests/guests/migrations");

@@ -292,12 +292,7 @@ pub struct Uploaded {
 
 /// Stores a component, after checking that it is a worker.
 async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> ApiResult<Uploaded> {
-    // With keys, a component is compiled after the check of its signature, by the plan.
-    if host.services.component_keys.is_none() {
-        host.services.load(wasm.clone()).await?;
-    }
-    let digest = hex::encode(Sha256::digest(&wasm));
-    host.services.store.put_component(&digest, &wasm).await?;
+    let digest = host.services.add_component(wasm).await?;
     Ok(Json(Uploaded { digest }))
 }
 

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tokio::task::AbortHandle;
 
@@ -298,15 +297,11 @@ async fn deploy_in_process(
 ) -> Result<()> {
     manifest.warnings().iter().for_each(term::warning);
     for entry in &manifest.workers {
-        let built = BuiltComponent::build(entry, toolchain).await?;
-        let digest = hex::encode(Sha256::digest(&built.wasm));
-        let services = &host.services;
-        if services.component_keys.is_none() {
-            let loaded = services.load(built.wasm.clone().into()).await;
-            loaded.with_context(|| built.error_context(entry))?;
-        }
-        services.store.put_component(&digest, &built.wasm).await?;
-        let dialect = services.store.dialect();
+        let mut built = BuiltComponent::build(entry, toolchain).await?;
+        let wasm = std::mem::take(&mut built.wasm);
+        let digest = host.services.add_component(wasm.into()).await;
+        let digest = digest.with_context(|| built.error_context(entry))?;
+        let dialect = host.services.store.dialect();
         let proposal = propose(manifest, entry, built, digest, dialect).await?;
         let (plan, _) = deploy::deploy(host, &proposal).await?;
         show_plan(&plan);

@@ -59,8 +59,11 @@ impl Artifact {
         if let Some(expected) = &reference.digest {
             check_digest(expected, &digest).with_context(context)?;
         }
-        let component = Manifest::parse(&bytes).and_then(|found| found.component().cloned());
-        let component = component.map_err(|why| not_a_component(reference, &why))?;
+        let found =
+            Manifest::parse(&bytes).map_err(|why| not_a_component(reference, why, false))?;
+        let component = found.component().cloned();
+        let component =
+            component.map_err(|why| not_a_component(reference, why, found.is_index()))?;
         if usize::try_from(component.size).map_or(true, |size| size > SIZE_MAX) {
             let size = component.size;
             return Err(anyhow!(
@@ -155,15 +158,15 @@ fn missing_hint(reference: &Reference) -> String {
     )
 }
 
-fn not_a_component(reference: &Reference, why: &str) -> anyhow::Error {
-    let hint = match why.contains("an index") {
+fn not_a_component(reference: &Reference, why: String, is_index: bool) -> anyhow::Error {
+    let hint = match is_index {
         true => "name one of them by its digest: component = \"oci://…@sha256:…\"".to_owned(),
         false => format!(
             "push a component as a Wasm artifact: wkg oci push {}/{}:TAG worker.wasm",
             reference.registry, reference.repository
         ),
     };
-    anyhow!("{why}")
+    anyhow!(why)
         .hint(hint)
         .context(format!("{reference} is not a component"))
 }

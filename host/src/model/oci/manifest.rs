@@ -65,15 +65,20 @@ impl Manifest {
         serde_json::from_slice(bytes).map_err(|error| format!("its manifest is malformed: {error}"))
     }
 
+    /// Whether it lists several artifacts.
+    pub fn is_index(&self) -> bool {
+        let is_listed = [MediaType::INDEX, MediaType::DOCKER_INDEX]
+            .iter()
+            .any(|index| self.media_type.as_deref() == Some(index));
+        is_listed || !self.manifests.is_empty()
+    }
+
     /// The layer with the component of a Wasm artifact.
     ///
     /// # Errors
     /// The artifact is something else.
     pub fn component(&self) -> Result<&Descriptor, String> {
-        let is_index = [MediaType::INDEX, MediaType::DOCKER_INDEX]
-            .iter()
-            .any(|index| self.media_type.as_deref() == Some(index));
-        if is_index || !self.manifests.is_empty() {
+        if self.is_index() {
             let digests = self.manifests.iter().map(|one| one.digest.to_string());
             let digests = digests.take(8).collect::<Vec<_>>().join(", ");
             return Err(format!("it is an index of several artifacts: {digests}"));

@@ -142,7 +142,7 @@ fn is_registry(registry: &str) -> bool {
         && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0))
 }
 
-/// Whether each part consists of lower-case letters and digits, with separators between them.
+/// Whether each part consists of `a` to `z` and digits, with separators between them.
 fn is_repository(repository: &str) -> bool {
     let is_part = |part: &str| {
         let is_inner = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-');
