@@ -15,8 +15,8 @@ use crate::runtime::RunState;
 const ROLLOUT_TIMEOUT: Duration = Duration::from_secs(120);
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// How long the failure of a version that was active before may be from that time: a host that cannot
-/// run a version tries again after a few seconds.
+/// How long the failure of a version that was active before may be from that time: a host that
+/// cannot run a version tries again after a few seconds.
 const STALE_FAILURE: Duration = Duration::from_secs(5);
 
 /// After how long the pending hosts are shown.
