@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools links prose format lint docs deny advisories dist run-tests
+.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-languages bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools links prose format lint docs deny advisories dist run-tests
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -59,6 +59,10 @@ saturation-short: build ## Overload a host for 30 seconds
 bench-http: install-tools ## Compare cached reads over HTTP with a constant response: one minute
 	cargo build --locked --release -p oncely -p oncely-tests
 	target/release/bench --http 5 $(ARGS)
+
+bench-languages: install-tools ## Compare the languages of handlers, from the first build to messages per second: 15 minutes
+	cargo build --locked --release -p oncely -p oncely-tests
+	target/release/bench --languages $(ARGS)
 
 bench-retention: install-tools ## Insert and expire ten million rows of inbox and outbox: 30 minutes
 	cargo build --locked --release -p oncely-tests --bin bench

@@ -44,6 +44,9 @@ const STATE_BATCH: &str = "isolation = \"batch\"\nordering_key = \"header:Key\"\
 const STATE_SMALL: &str = "batch = 32\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
 const STATE_KEY_BY_KEY: &str = "ordering_key = \"header:Key\"\n[worker.retry]\nattempts = 1";
 
+/// The file is made by [`crate::stage`].
+const STATE_SCHEMA: &str = "ordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1\n[[worker.schema]]\nsubject = \"in.>\"\nfile = \"schema.json\"";
+
 const fn host(
     name: &'static str,
     description: &'static str,
@@ -120,6 +123,16 @@ pub const CONTENDERS: &[Contender] = &[
             "state, relay = wal",
             "outputs are published from the WAL",
             STATE,
+            Work::State,
+        )
+    },
+    Contender {
+        baseline: Some("state"),
+        wanted: Some(0.9),
+        ..host(
+            "state, schema",
+            "the body of each message is checked against a JSON Schema",
+            STATE_SCHEMA,
             Work::State,
         )
     },

@@ -19,6 +19,7 @@ mod contenders;
 mod cpu;
 mod hand_written;
 mod http;
+mod languages;
 mod retention;
 mod saturation;
 mod stage;
@@ -32,7 +33,7 @@ struct Options {
     /// Measurements of each contender, in rotation; the median is reported.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Run only contenders whose name contains this text, and their baselines.
+    /// Run only contenders or languages whose name contains this text, and their baselines.
     #[arg(long)]
     only: Option<String>,
     /// Overload a host for this many seconds instead, and sample the age of unpublished outputs.
@@ -47,6 +48,9 @@ struct Options {
     /// Compare a cached read over HTTP with a constant instead, for this many seconds per round.
     #[arg(long, value_name = "SECONDS")]
     http: Option<u64>,
+    /// Compare the languages of handlers instead.
+    #[arg(long)]
+    languages: bool,
     /// Write this many rows through the inbox and outbox of both databases instead, with retention.
     #[arg(long, value_name = "ROWS")]
     retention: Option<usize>,
@@ -79,6 +83,10 @@ async fn main() -> Result<()> {
         !cfg!(debug_assertions) || options.retention.is_some(),
         "not a release build; run: make bench"
     );
+    if options.languages {
+        let report = languages::measure(options.rounds, options.only.as_deref()).await?;
+        return write("languages.json", &report);
+    }
     if let Some(rows) = options.retention {
         let report = retention::measure(rows).await?;
         write("retention.json", &report)?;

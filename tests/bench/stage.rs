@@ -17,6 +17,17 @@ use crate::{PATIENCE, cpu, hand_written};
 
 const KEYS: usize = 1_000;
 
+/// The JSON Schema of the messages.
+const SCHEMA: &str = r#"{
+    "type": "object",
+    "required": ["key", "ordered"],
+    "properties": {
+        "key": {"type": "string", "pattern": "^k[0-9]+$", "maxLength": 10},
+        "ordered": {"type": "boolean"}
+    },
+    "additionalProperties": false
+}"#;
+
 /// The result of a measurement.
 pub struct Measured {
     /// Messages per second, from the first output to the last.
@@ -37,6 +48,7 @@ pub async fn measure(
     };
     let mut world = World::without_host(Kind::Sqlite, &manifest(settings)?).await?;
     world.database = Database::on(cluster).await?;
+    std::fs::write(world.folder.path().join("schema.json"), SCHEMA).context("write the schema")?;
     let is_wal = matches!(
         contender.implementation,
         Implementation::HostInWalMode { .. }

@@ -1,12 +1,13 @@
 //! An author's day: `oncely new` makes a project that tests, builds, deploys and handles a message
 //! as it is, and `oncely dev` deploys each change.
 
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use support::database::Kind;
 use support::guests;
 use support::nats::NewMessage;
+use support::project::{Project, run};
 use support::world::{World, manifest};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -36,73 +37,30 @@ async fn a_new_c_project_handles_its_first_message() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_go_project_handles_its_first_message() -> Result<()> {
-    handles_its_first_message("go", &["sh", "-c", "PATH=$TOOLS:$PATH go test"]).await
+    handles_its_first_message("go", &["go", "test"]).await
 }
 
 async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
-    let made = world.oncely(&["new", "orders", "--lang", language]).await?;
-    ensure!(made.contains("cd orders"), "{made}");
-    let folder = world.folder.path().join("orders");
-    if folder.join("package.json").exists() {
-        // `npm install` without a network
-        guests::link_npm_packages(&folder, &folder.join("oncely"))?;
-    }
-
-    let tools = guests::repository().join("target/tools/bin");
-    let go_flags = match language {
-        "go" => guests::go_flags(&folder, &world.folder.path().join("go.mod"))?,
-        _ => String::new(),
-    };
+    let target = guests::target_dir()?.join("new");
+    let project = Project::new(&world, "orders", language, &target).await?;
 
     // Its tests pass.
     let (program, arguments) = test.split_first().context("no command")?;
-    let tested = Command::new(program)
-        .args(arguments)
-        .current_dir(&folder)
-        .env("PATH", guests::tools_path())
-        .env("CARGO_TARGET_DIR", guests::target_dir()?.join("new"))
-        .env("TOOLS", &tools)
-        .env("GOFLAGS", &go_flags)
-        .output()?;
-    ensure!(
-        tested.status.success(),
-        "{}{}",
-        String::from_utf8_lossy(&tested.stdout),
-        String::from_utf8_lossy(&tested.stderr)
-    );
+    let mut tests = project.command(program);
+    tests.args(arguments);
+    run(tests).await?;
 
     // So do its cases, in the component. The host uses the machine code again.
-    std::os::unix::fs::symlink(world.folder.path().join(".oncely"), folder.join(".oncely"))?;
-    let tested = tokio::process::Command::new(guests::oncely()?)
-        .arg("test")
-        .current_dir(&folder)
-        .env("PATH", guests::tools_path())
-        .env("CARGO_TARGET_DIR", guests::target_dir()?.join("new"))
-        .env("GOFLAGS", &go_flags)
-        .output()
-        .await?;
-    let said = String::from_utf8_lossy(&tested.stdout);
-    ensure!(
-        tested.status.success() && said.contains("2 passed, 0 failed"),
-        "{said}{}",
-        String::from_utf8_lossy(&tested.stderr)
-    );
+    std::os::unix::fs::symlink(
+        world.folder.path().join(".oncely"),
+        project.folder.join(".oncely"),
+    )?;
+    let tested = project.oncely(&["test"]).await?;
+    ensure!(tested.contains("2 passed, 0 failed"), "{tested}");
 
     // It is built and deployed, and a message has its effect and its output.
-    let deployed = tokio::process::Command::new(guests::oncely()?)
-        .args(["deploy", "orders"])
-        .current_dir(world.folder.path())
-        .env("PATH", guests::tools_path())
-        .env("CARGO_TARGET_DIR", guests::target_dir()?.join("new"))
-        .env("GOFLAGS", go_flags)
-        .output()
-        .await?;
-    ensure!(
-        deployed.status.success(),
-        "{}",
-        String::from_utf8_lossy(&deployed.stderr)
-    );
+    project.oncely(&["deploy"]).await?;
     world
         .oncely(&["publish", "orders.new", r#"{"id": "o1", "cents": 500}"#])
         .await?;

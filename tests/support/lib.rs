@@ -10,6 +10,7 @@ pub mod nats;
 pub mod pgbouncer;
 pub mod postgres;
 pub mod production;
+pub mod project;
 pub mod proxy;
 pub mod redis;
 pub mod registry;

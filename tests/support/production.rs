@@ -1,7 +1,7 @@
 //! Production-like hosts: `oncely run`, configured by environment, several on one database.
 
 use std::fmt::Display;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::eventually::eventually;
 use crate::guests;
-use crate::world::{PATIENCE, World};
+use crate::world::{PATIENCE, World, signal};
 
 /// One `oncely run` process in its own folder.
 pub struct RunningHost {
@@ -52,6 +52,19 @@ impl RunningHost {
     /// The process id of the host.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Stops the host gracefully.
+    pub fn stop(mut self) -> Result<()> {
+        signal(self.pid(), "TERM")?;
+        let status = tokio::task::block_in_place(|| self.child.wait()).context("stop a host")?;
+        ensure!(status.success(), "{status}:\n{}", self.log());
+        Ok(())
+    }
+
+    /// The folder of the host.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// Waits until the host runs all deployments.

@@ -19,6 +19,9 @@ pub const HOST_FILE: &str = "host.json";
 /// The default data folder.
 pub const DATA_DIR: &str = ".oncely";
 
+/// The folder with the machine code of components, in the data folder.
+pub const COMPILED_DIR: &str = "components";
+
 /// The host that a command uses.
 #[derive(Debug, Clone, Args)]
 pub struct HostArgs {

@@ -1,5 +1,6 @@
 //! `oncely compile-component`: the process in which a host compiles a component. Not for people.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -16,10 +17,17 @@ pub struct CompileComponent {
     /// Limit the address space to this many bytes.
     #[arg(long, value_name = "BYTES")]
     memory: u64,
+    /// Use the compiled functions in this file, and write those of this component after it.
+    #[arg(long, value_name = "FILE")]
+    functions: Option<PathBuf>,
 }
 
 impl CompileComponent {
     pub fn run(self) -> Result<()> {
-        compile_component(Duration::from_secs(self.time), self.memory)
+        compile_component(
+            Duration::from_secs(self.time),
+            self.memory,
+            self.functions.as_deref(),
+        )
     }
 }

@@ -23,7 +23,6 @@ use crate::bus::EmbeddedServer;
 use crate::config::manifest::{FILE_NAME, Manifest};
 use crate::config::{HostConfig, HostFlags};
 use crate::consumer::VERDICT_LOG;
-use crate::model::units;
 use crate::runtime::{Host, deploy};
 
 /// How long the subscriptions of the workers may take.
@@ -126,35 +125,43 @@ impl Dev {
         // Listed before the first build, which may take minutes.
         let sources: Vec<Sources> = match self.no_watch {
             true => Vec::new(),
-            false => manifests.iter().map(Sources::of).collect(),
+            false => manifests
+                .iter()
+                .map(|manifest| Sources::of(manifest, config))
+                .collect(),
         };
         tokio::select! {
             biased;
             _ = signals.received() => {}
             deployed = self.deploy_all(&host_process, config, manifests) => deployed?,
         }
-        let watching = self.watch(&host_process, sources);
+        let watching = self.watch(&host_process, config, sources);
         let ended = host_process.run_until_stopped(signals).await;
         watching.iter().for_each(AbortHandle::abort);
         ended
     }
 
     /// Starts to build and deploy the manifests again when their files change.
-    fn watch(&self, host_process: &HostProcess, sources: Vec<Sources>) -> Vec<AbortHandle> {
+    fn watch(
+        &self,
+        host_process: &HostProcess,
+        config: &HostConfig,
+        sources: Vec<Sources>,
+    ) -> Vec<AbortHandle> {
         let mut watching = Vec::new();
         for (path, mut sources) in self.paths().into_iter().zip(sources) {
             let (host, toolchain) = (Arc::clone(&host_process.host), self.toolchain);
-            let environment = self.environment.clone();
+            let (config, environment) = (config.clone(), self.environment.clone());
             let task = tokio::spawn(async move {
                 while let Ok(changed) = sources.changed().await {
                     let began = Instant::now();
                     show_changed(&changed);
                     // Whatever is wrong with the new sources, the previous version keeps running.
-                    match redeploy(&host, &path, environment.name(), toolchain).await {
+                    match redeploy(&host, &config, &path, environment.name(), toolchain).await {
                         Ok(next) => {
                             sources = next;
-                            let took = units::format_duration(began.elapsed());
-                            term::note(format!("deployed in {took}"));
+                            let took = began.elapsed().as_secs_f64();
+                            term::note(format!("deployed in {took:.1} s"));
                         }
                         Err(error) => {
                             term::error(&error);
@@ -215,7 +222,7 @@ impl Dev {
     }
 
     fn config(&self, data_dir: &Path, server: Option<&EmbeddedServer>) -> Result<HostConfig> {
-        HostConfig::load(&HostFlags {
+        let mut config = HostConfig::load(&HostFlags {
             database: self.database.clone(),
             nats: self
                 .nats
@@ -227,7 +234,9 @@ impl Dev {
             http_publish: self.http_publish.clone(),
             data_dir: Some(data_dir.display().to_string()),
             ..HostFlags::default()
-        })
+        })?;
+        config.compile.keeps_functions = true;
+        Ok(config)
     }
 
     async fn listener(&self, config: &HostConfig) -> Result<TcpListener> {
@@ -264,12 +273,13 @@ fn is_unset(flag: Option<&str>, variable: &str) -> bool {
 /// the build is another change.
 async fn redeploy(
     host: &Host,
+    config: &HostConfig,
     path: &Path,
     environment: Option<&str>,
     toolchain: ToolchainArg,
 ) -> Result<Sources> {
     let manifest = Manifest::load(path, environment)?;
-    let sources = Sources::of(&manifest);
+    let sources = Sources::of(&manifest, config);
     deploy_in_process(host, &manifest, toolchain).await?;
     host.reconcile().await?;
     Ok(sources)

@@ -42,10 +42,13 @@ impl Lock {
 }
 
 /// The path without symbolic links, as one file must have one lock. The file itself may be missing.
-fn resolved(path: &Path) -> PathBuf {
+pub(super) fn resolved(path: &Path) -> PathBuf {
     let in_folder = || {
-        let folder = path.parent()?.canonicalize().ok()?;
-        Some(folder.join(path.file_name()?))
+        let folder = match path.parent()? {
+            folder if folder.as_os_str().is_empty() => Path::new("."),
+            folder => folder,
+        };
+        Some(folder.canonicalize().ok()?.join(path.file_name()?))
     };
     let file = path.canonicalize().ok();
     file.or_else(in_folder).unwrap_or_else(|| path.to_owned())

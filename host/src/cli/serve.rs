@@ -13,7 +13,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::client::HostFile;
+use super::client::{COMPILED_DIR, HostFile};
 use super::exit::Exit;
 use super::log_line::SingleLineWriter;
 use super::signals::Signals;
@@ -90,7 +90,7 @@ impl HostProcess {
 
         // Start the host.
         let token = config.load_or_create_token()?;
-        let compiled = config.data_dir.join("components");
+        let compiled = config.data_dir.join(COMPILED_DIR);
         let retention = Retention {
             outputs: config.keep_outputs,
             inbox: config.keep_inbox,

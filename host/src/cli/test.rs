@@ -10,7 +10,7 @@ use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite};
 use sha2::{Digest, Sha256};
 
 use super::build::{BuiltComponent, EnvironmentArg, ToolchainArg};
-use super::client::{DATA_DIR, make_data_dir};
+use super::client::{COMPILED_DIR, DATA_DIR, make_data_dir};
 use super::exit::Exit;
 use super::term;
 use crate::config::CompileSettings;
@@ -212,7 +212,7 @@ impl Bench {
         // Component
         let built = BuiltComponent::build(entry, test.toolchain).await?;
         let data_dir = make_data_dir(&entry.folder.join(DATA_DIR))?;
-        let engine = GuestEngine::new(&data_dir.join("compiled"), CompileSettings::default())?;
+        let engine = GuestEngine::new(&data_dir.join(COMPILED_DIR), CompileSettings::for_tests())?;
         let guest = Guest::load(&engine, built.wasm.clone().into())
             .await
             .with_context(|| built.error_context(entry))?;

@@ -5,17 +5,25 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 
+use super::lock::resolved;
 use crate::config::manifest::{Manifest, Source};
+use crate::config::{Database, HostConfig};
 
 /// How often the files are listed.
-const INTERVAL: Duration = Duration::from_millis(250);
+const INTERVAL: Duration = Duration::from_millis(100);
+
+/// At most one part in this many of the time is spent with listing.
+const LISTING_SHARE: u32 = 20;
 
 /// The most files that are watched for one manifest.
 const FILES_MAX: usize = 20_000;
+
+/// The file that marks a folder as a cache, whatever its name: <https://bford.info/cachedir/>.
+const CACHE_TAG: &str = "CACHEDIR.TAG";
 
 /// Folders that tools fill, besides hidden ones.
 const GENERATED_FOLDERS: [&str; 4] = ["target", "node_modules", "__pycache__", "dist"];
@@ -44,18 +52,29 @@ type Files = BTreeMap<PathBuf, (Option<SystemTime>, u64)>;
 pub struct Sources {
     places: Places,
     files: Files,
+    interval: Duration,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Places {
     folders: BTreeSet<PathBuf>,
     components: BTreeSet<PathBuf>,
+    /// What the host writes: absolute, without links.
+    ignored: BTreeSet<PathBuf>,
 }
 
 impl Sources {
-    /// Remembers the files as they are now.
-    pub fn of(manifest: &Manifest) -> Self {
-        let mut places = Places::default();
+    /// Remembers the files as they are now. What the host writes is ignored: its data folder, its
+    /// database, and files beside it with longer names.
+    pub fn of(manifest: &Manifest, config: &HostConfig) -> Self {
+        let mut ignored = vec![config.data_dir.as_path()];
+        if let Database::Sqlite(path) = &config.database {
+            ignored.push(path);
+        }
+        let mut places = Places {
+            ignored: ignored.into_iter().map(resolved).collect(),
+            ..Places::default()
+        };
         for entry in &manifest.workers {
             places.folders.insert(entry.folder.clone());
             places.folders.extend(entry.migrations.clone());
@@ -69,8 +88,15 @@ impl Sources {
                 Source::Component { .. } | Source::Oci(_) => {}
             }
         }
-        let files = places.list();
-        Sources { places, files }
+        Sources::new(places)
+    }
+
+    fn new(places: Places) -> Self {
+        Sources {
+            files: places.list(),
+            places,
+            interval: INTERVAL,
+        }
     }
 
     /// Waits for a change, and until no more files change. Returns the changed files.
@@ -79,15 +105,13 @@ impl Sources {
     /// The runtime ends.
     pub async fn changed(&mut self) -> Result<Vec<PathBuf>> {
         loop {
-            tokio::time::sleep(INTERVAL).await;
-            let mut files = self.list().await?;
+            let mut files = self.list_later().await?;
             if files == self.files {
                 continue;
             }
             // An editor may write several files, or one file in several steps.
             loop {
-                tokio::time::sleep(INTERVAL).await;
-                let again = self.list().await?;
+                let again = self.list_later().await?;
                 if again == files {
                     break;
                 }
@@ -106,48 +130,69 @@ impl Sources {
         }
     }
 
-    async fn list(&self) -> Result<Files> {
+    /// Waits, and lists the files. Many files are listed less often.
+    async fn list_later(&mut self) -> Result<Files> {
+        tokio::time::sleep(self.interval).await;
         let places = self.places.clone();
-        tokio::task::spawn_blocking(move || places.list())
-            .await
-            .context("list the watched files")
+        let began = Instant::now();
+        let listed = tokio::task::spawn_blocking(move || places.list()).await;
+        self.interval = INTERVAL.max(began.elapsed() * LISTING_SHARE);
+        listed.context("list the watched files")
     }
 }
 
 impl Places {
     fn list(&self) -> Files {
-        let mut files = list(&self.folders);
+        let mut files = self.list_folders();
         let components = self.components.iter();
         files.extend(components.map(|path| (path.clone(), state_of(path))));
         files
     }
-}
 
-fn list(folders: &BTreeSet<PathBuf>) -> Files {
-    let mut files = Files::new();
-    let mut left: Vec<PathBuf> = folders.iter().cloned().collect();
-    while let Some(folder) = left.pop() {
-        // A folder that disappears meanwhile has no files.
-        let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
-        for entry in entries {
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            let Ok(kind) = entry.file_type() else {
-                continue;
-            };
-            if name.starts_with('.') || files.len() >= FILES_MAX {
+    fn list_folders(&self) -> Files {
+        let mut files = Files::new();
+        let mut left: Vec<PathBuf> = self.folders.iter().cloned().collect();
+        while let Some(folder) = left.pop() {
+            if folder.join(CACHE_TAG).exists() {
                 continue;
             }
-            if kind.is_dir() {
-                if !GENERATED_FOLDERS.contains(&name.as_ref()) {
-                    left.push(entry.path());
+            let real = resolved(&folder);
+            // A folder that disappears meanwhile has no files.
+            let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+            for entry in entries {
+                let name = entry.file_name();
+                let name = name.to_string_lossy();
+                let Ok(kind) = entry.file_type() else {
+                    continue;
+                };
+                if name.starts_with('.')
+                    || files.len() >= FILES_MAX
+                    || self.is_ignored(&real, &name)
+                {
+                    continue;
                 }
-            } else if !is_generated(&name) {
-                files.insert(entry.path(), state_of(&entry.path()));
+                if kind.is_dir() {
+                    if !GENERATED_FOLDERS.contains(&name.as_ref()) {
+                        left.push(entry.path());
+                    }
+                } else if !is_generated(&name) {
+                    files.insert(entry.path(), state_of(&entry.path()));
+                }
             }
         }
+        files
     }
-    files
+
+    /// Whether the host writes this entry of a folder: `oncely.sqlite`, and also
+    /// `oncely.sqlite-wal`.
+    fn is_ignored(&self, folder: &Path, name: &str) -> bool {
+        self.ignored.iter().any(|ignored| {
+            let own = ignored.file_name().unwrap_or_default().to_string_lossy();
+            let rest = name.strip_prefix(&*own);
+            ignored.parent() == Some(folder)
+                && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['-', '.']))
+        })
+    }
 }
 
 /// The time and the size of a file; a linked file counts as the file itself.
@@ -168,14 +213,13 @@ mod tests {
             std::fs::write(path, text).unwrap();
         };
         write("src/lib.rs", "one");
-        let places = Places {
+        let mut sources = Sources::new(Places {
             folders: BTreeSet::from([folder.path().to_owned()]),
             components: BTreeSet::from([folder.path().join("built.wasm")]),
-        };
-        let mut sources = Sources {
-            files: places.list(),
-            places,
-        };
+            ignored: ["data", "app.sqlite"]
+                .map(|name| resolved(&folder.path().join(name)))
+                .into(),
+        });
 
         for generated in [
             "target/x",
@@ -183,6 +227,11 @@ mod tests {
             "a.wasm",
             "Cargo.lock",
             "__pycache__/a",
+            "data/components/x",
+            "app.sqlite",
+            "app.sqlite-wal",
+            "built/CACHEDIR.TAG",
+            "built/debug/x",
         ] {
             write(generated, "x");
         }

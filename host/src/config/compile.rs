@@ -24,6 +24,19 @@ pub struct CompileSettings {
     pub memory: u64,
     /// The program that is started to compile: this one.
     pub program: PathBuf,
+    /// Whether machine code of functions is kept for the next compilation. Not a setting: only
+    /// `oncely dev` and `oncely test` do so.
+    pub keeps_functions: bool,
+}
+
+impl CompileSettings {
+    /// The settings of `oncely test`.
+    pub fn for_tests() -> Self {
+        CompileSettings {
+            keeps_functions: true,
+            ..CompileSettings::default()
+        }
+    }
 }
 
 impl Default for CompileSettings {
@@ -32,6 +45,7 @@ impl Default for CompileSettings {
             time: TIME_DEFAULT,
             memory: MEMORY_DEFAULT,
             program: current_program(),
+            keeps_functions: false,
         }
     }
 }

@@ -1,20 +1,29 @@
 //! Machine code of components: the settings it depends on, and its compilation.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
-use wasmtime::{Config, Engine};
+use wasmtime::{CacheStore, Config, Engine};
 
 use crate::component;
 
 /// Maximum memory of one guest instance, in bytes. The limit of a manifest may be lower.
 pub(super) const MEMORY_MAX: usize = 512 << 20;
 
-/// Compiles a component in this process, for engines like that of [`GuestEngine`].
+/// Compiles a component in this process, for engines like that of [`GuestEngine`], with the machine
+/// code of functions that were compiled before.
 ///
 /// # Errors
 /// The component is not valid WebAssembly.
-pub(super) fn precompile(wasm: &[u8]) -> Result<Vec<u8>> {
-    let kind = EngineKind::of(wasm)?;
-    let engine = Engine::new(&code_config(kind))
+pub(super) fn precompile(wasm: &[u8], functions: Option<Arc<dyn CacheStore>>) -> Result<Vec<u8>> {
+    let mut config = code_config(EngineKind::of(wasm)?);
+    if let Some(functions) = functions {
+        config
+            .enable_incremental_compilation(functions)
+            .map_err(anyhow::Error::from)
+            .context("use functions that were compiled before")?;
+    }
+    let engine = Engine::new(&config)
         .map_err(anyhow::Error::from)
         .context("start the compiler")?;
     engine

@@ -9,9 +9,11 @@
 //! needed.
 
 use std::collections::{HashMap, VecDeque};
+use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::panic::{self, AssertUnwindSafe};
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -22,8 +24,11 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::sync::{Semaphore, SemaphorePermit};
+use wasmtime::CacheStore;
 
 use super::code;
+use super::engine::write_file;
+use super::function_cache::FunctionCache;
 use crate::config::CompileSettings;
 use crate::model::hint::{WithHint, hints};
 use crate::model::units;
@@ -37,15 +42,22 @@ const WALL_TIME_FACTOR: u32 = 5;
 
 /// Environment of the compiler process. It keeps the address space small and equal on every
 /// machine: two compiler threads, one runtime thread, and an allocator that reserves 64 MiB at a
-/// time.
-const COMPILER_ENV: [(&str, &str); 3] = [
+/// time, without huge pages, which the system would clear to use a part of them.
+const COMPILER_ENV: [(&str, &str); 4] = [
     ("RAYON_NUM_THREADS", "2"),
     ("TOKIO_WORKER_THREADS", "1"),
     ("MIMALLOC_ARENA_RESERVE", "65536"),
+    ("MIMALLOC_ALLOW_THP", "0"),
 ];
 
 /// Maximum size of the machine code, in bytes.
 const CODE_MAX: u64 = 1 << 30;
+
+/// The usual size of machine code, as a multiple of the size of its component.
+const CODE_PER_WASM: usize = 4;
+
+/// The size of the pipe for the machine code, in bytes: the most that every user may have on Linux.
+const PIPE_SIZE: usize = 1 << 20;
 
 /// Maximum number of bytes read from standard error.
 const STDERR_MAX: u64 = 16 << 10;
@@ -53,7 +65,8 @@ const STDERR_MAX: u64 = 16 << 10;
 /// Maximum number of cached refusals.
 const REFUSALS_MAX: usize = 1000;
 
-/// First byte of the output: machine code or an error text follows.
+/// First byte of the output: an error text follows, or machine code. Before the machine code are the
+/// functions for the next compilation, and before them their length in eight bytes, little-endian.
 const COMPILED: u8 = b'+';
 const INVALID: u8 = b'-';
 const PANICKED: u8 = b'!';
@@ -65,13 +78,17 @@ pub type ComponentDigest = [u8; 32];
 #[derive(Clone)]
 pub(super) struct Compiler {
     settings: Arc<CompileSettings>,
+    /// The file with functions for the next compilation.
+    functions: Option<PathBuf>,
     permits: Arc<Semaphore>,
     refusals: Arc<Mutex<Refusals>>,
 }
 
 impl Compiler {
-    pub fn new(settings: CompileSettings) -> Self {
+    /// A compiler that may keep functions in the folder `cache`.
+    pub fn new(settings: CompileSettings, cache: &Path) -> Self {
         Compiler {
+            functions: settings.keeps_functions.then(|| cache.join("functions")),
             settings: Arc::new(settings),
             permits: Arc::new(Semaphore::new(1)),
             refusals: Arc::default(),
@@ -127,7 +144,7 @@ impl Compiler {
     /// # Errors
     /// - [`CompileError::Refused`] if the component is the cause and would fail again.
     /// - [`CompileError::Other`] for every other failure.
-    pub async fn compile(&self, wasm: &Bytes) -> Result<Vec<u8>, CompileError> {
+    pub async fn compile(&self, wasm: &Bytes) -> Result<Bytes, CompileError> {
         let limit = self.settings.time.saturating_mul(WALL_TIME_FACTOR);
         match tokio::time::timeout(limit, self.run(wasm)).await {
             Ok(output) => self.parse_output(output?),
@@ -152,6 +169,11 @@ impl Compiler {
                 &settings.time.as_secs().max(1).to_string(),
             ])
             .args(["--memory", &settings.memory.to_string()])
+            .args(
+                self.functions
+                    .iter()
+                    .flat_map(|path| [OsStr::new("--functions"), path.as_ref()]),
+            )
             // The environment of the host holds passwords.
             .env_clear()
             .envs(COMPILER_ENV)
@@ -180,6 +202,8 @@ impl Compiler {
             .stderr
             .take()
             .context("read from the compiling process")?;
+        // Machine code has many times the size of a pipe. A smaller pipe works as well.
+        let _ = rustix::pipe::fcntl_setpipe_size(&stdout, PIPE_SIZE);
         let write = async {
             // The process may end before it has read everything. Its status has the reason.
             let _ = stdin.write_all(&(wasm.len() as u64).to_le_bytes()).await;
@@ -188,8 +212,8 @@ impl Compiler {
         };
         let ((), output, stderr) = tokio::join!(
             write,
-            read_limited(stdout, CODE_MAX),
-            read_limited(stderr, STDERR_MAX)
+            read_limited(stdout, CODE_MAX, wasm.len() * CODE_PER_WASM),
+            read_limited(stderr, STDERR_MAX, 0)
         );
 
         // Wait for the exit status.
@@ -207,10 +231,10 @@ impl Compiler {
     }
 
     /// Converts the output of the process into machine code or an error.
-    fn parse_output(&self, output: CompilerOutput) -> Result<Vec<u8>, CompileError> {
+    fn parse_output(&self, output: CompilerOutput) -> Result<Bytes, CompileError> {
         let CompilerOutput {
             status,
-            mut output,
+            output,
             stderr,
         } = output;
         let text = |output: &[u8]| {
@@ -222,8 +246,11 @@ impl Compiler {
         }
         match output.first() {
             Some(&COMPILED) if is_success => {
-                output.remove(0);
-                Ok(output)
+                let (functions, code) = split_output(output.get(1..).unwrap_or_default())
+                    .context("the output of the compiler is cut off")?;
+                self.keep_functions(functions);
+                let start = output.len() - code.len();
+                Ok(Bytes::from(output).slice(start..))
             }
             Some(&INVALID) if is_success => Err(CompileError::Refused(
                 anyhow!(text(&output))
@@ -234,6 +261,19 @@ impl Compiler {
                 Err(CompileError::Refused(compiler_crash(&text(&output))))
             }
             _ => Err(self.exit_failure(status, &stderr)),
+        }
+    }
+
+    /// Keeps functions for the next compilation. An error costs time only.
+    fn keep_functions(&self, functions: &[u8]) {
+        let Some(path) = &self.functions else { return };
+        if !functions.is_empty()
+            && let Err(error) = write_file(path, &[functions])
+        {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "compiled functions are not kept for the next compilation"
+            );
         }
     }
 
@@ -282,6 +322,12 @@ impl Compiler {
     }
 }
 
+/// Splits the output after its first byte into functions and machine code.
+fn split_output(output: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (length, rest) = output.split_first_chunk()?;
+    rest.split_at_checked(usize::try_from(u64::from_le_bytes(*length)).ok()?)
+}
+
 /// Whether a text is an out-of-memory error of the allocator or the operating system.
 fn is_out_of_memory(stderr: &str) -> bool {
     [
@@ -324,8 +370,12 @@ struct CompilerOutput {
 }
 
 /// Reads up to `most` bytes and discards the rest.
-async fn read_limited(mut pipe: impl AsyncRead + Unpin, most: u64) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
+async fn read_limited(
+    mut pipe: impl AsyncRead + Unpin,
+    most: u64,
+    usual: usize,
+) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(usual);
     (&mut pipe)
         .take(most)
         .read_to_end(&mut bytes)
@@ -378,20 +428,25 @@ impl Refusal {
 ///
 /// # Errors
 /// The limits cannot be set, or a pipe breaks. An invalid component is a regular result.
-pub fn compile_component(time: Duration, memory: u64) -> Result<()> {
+pub fn compile_component(time: Duration, memory: u64, functions: Option<&Path>) -> Result<()> {
     set_limits(time, memory)?;
     let wasm = read_component()?;
     exit_when_stdin_closes()?;
-    let (first, rest) = match compile_in_process(&wasm) {
-        Ok(Ok(code)) => (COMPILED, code),
-        Ok(Err(invalid)) => (INVALID, invalid.into_bytes()),
-        Err(panicked) => (PANICKED, panicked.into_bytes()),
+    let functions = functions.map(|path| Arc::new(FunctionCache::read(path)));
+    let output = match compile_in_process(&wasm, functions.clone()) {
+        Ok(Ok(code)) => {
+            let functions = functions.and_then(|functions| functions.to_file());
+            let functions = functions.unwrap_or_default();
+            let length = (functions.len() as u64).to_le_bytes();
+            vec![vec![COMPILED], length.to_vec(), functions, code]
+        }
+        Ok(Err(invalid)) => vec![vec![INVALID], invalid.into_bytes()],
+        Err(panicked) => vec![vec![PANICKED], panicked.into_bytes()],
     };
     let mut stdout = std::io::stdout().lock();
-    stdout
-        .write_all(&[first])
-        .and_then(|()| stdout.write_all(&rest))
-        .context("write the result")?;
+    for part in output {
+        stdout.write_all(&part).context("write the result")?;
+    }
     stdout.flush().context("write the result")
 }
 
@@ -456,9 +511,13 @@ fn exit_when_stdin_closes() -> Result<()> {
 }
 
 /// Returns machine code, or the reason why the component is invalid, or the panic of the compiler.
-fn compile_in_process(wasm: &[u8]) -> Result<Result<Vec<u8>, String>, String> {
+fn compile_in_process(
+    wasm: &[u8],
+    functions: Option<Arc<FunctionCache>>,
+) -> Result<Result<Vec<u8>, String>, String> {
     panic::set_hook(Box::new(|_| {}));
-    let compiled = panic::catch_unwind(AssertUnwindSafe(|| code::precompile(wasm)));
+    let functions = functions.map(|functions| functions as Arc<dyn CacheStore>);
+    let compiled = panic::catch_unwind(AssertUnwindSafe(|| code::precompile(wasm, functions)));
     match compiled {
         Ok(Ok(code)) => Ok(Ok(code)),
         Ok(Err(error)) => Ok(Err(format!("{error:#}"))),
@@ -480,7 +539,7 @@ mod tests {
     use super::*;
 
     fn compiler() -> Compiler {
-        Compiler::new(CompileSettings::default())
+        Compiler::new(CompileSettings::default(), Path::new("."))
     }
 
     fn ended(raw_status: i32, stderr: &str) -> (bool, String) {
@@ -530,7 +589,13 @@ mod tests {
                 stderr: String::new(),
             })
         };
-        assert_eq!(parse(b"+code").ok(), Some(b"code".to_vec()));
+        assert_eq!(
+            parse(b"+\x02\0\0\0\0\0\0\0fncode").ok(),
+            Some(Bytes::from_static(b"code"))
+        );
+        for cut in [&b"+"[..], b"+\x02\0\0", b"+\x02\0\0\0\0\0\0\0f"] {
+            assert!(matches!(parse(cut), Err(CompileError::Other(_))));
+        }
         let Err(CompileError::Refused(error)) = parse(b"-type mismatch") else {
             panic!("not refused")
         };

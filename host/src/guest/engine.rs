@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::hash::{Hash, Hasher};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
@@ -34,6 +34,8 @@ pub struct GuestEngine {
     /// instances takes as much address space as the other one.
     async_engine: Arc<Mutex<Option<Engine>>>,
     cache: PathBuf,
+    /// The component that was loaded last. A deployment loads the same one several times.
+    last: Arc<Mutex<Option<(PathBuf, Component)>>>,
     compiler: Compiler,
 }
 
@@ -50,7 +52,8 @@ impl GuestEngine {
             engine: start_engine(EngineKind::Sync)?,
             async_engine: Arc::default(),
             cache: cache.to_owned(),
-            compiler: Compiler::new(compile),
+            last: Arc::default(),
+            compiler: Compiler::new(compile, cache),
         })
     }
 
@@ -84,7 +87,29 @@ impl GuestEngine {
         })
         .await?;
         let path = self.cached_path(&engine, &digest);
-        if let Some(component) = load_cached(&engine, &path).await? {
+        if let Some((last, component)) = &*self.last()
+            && *last == path
+        {
+            return Ok(component.clone());
+        }
+        let component = self.compiled(wasm, engine, digest, &path).await?;
+        *self.last() = Some((path, component.clone()));
+        Ok(component)
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<(PathBuf, Component)>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Loads the machine code at `path`, or compiles the component and writes it there.
+    async fn compiled(
+        &self,
+        wasm: &Bytes,
+        engine: Engine,
+        digest: ComponentDigest,
+        path: &Path,
+    ) -> Result<Component> {
+        if let Some(component) = load_cached(&engine, path).await? {
             return Ok(component);
         }
         self.compiler.check_refusals(&digest)?;
@@ -92,7 +117,7 @@ impl GuestEngine {
         // Wait for the compiler.
         let permit = self.compiler.acquire().await?;
         // Another load may have compiled it in the meantime.
-        if let Some(component) = load_cached(&engine, &path).await? {
+        if let Some(component) = load_cached(&engine, path).await? {
             return Ok(component);
         }
         self.compiler.check_refusals(&digest)?;
@@ -110,6 +135,7 @@ impl GuestEngine {
         drop(permit);
 
         // Cache the machine code and load it.
+        let path = path.to_owned();
         blocking(move || {
             if let Err(error) = write_compiled(&code, &path) {
                 tracing::warn!(
@@ -228,15 +254,19 @@ fn deserialize(engine: &Engine, code: &[u8]) -> Result<Component> {
 
 /// Writes a compiled component atomically.
 fn write_compiled(code: &[u8], path: &Path) -> Result<()> {
-    let sum = Sha256::digest(code);
+    write_file(path, &[code, &Sha256::digest(code)])
+}
+
+/// Writes a file of the cache folder, in parts. It replaces another one as a whole.
+pub(super) fn write_file(path: &Path, parts: &[&[u8]]) -> Result<()> {
     let folder = path.parent().context("find the cache folder")?;
     let mut file =
         tempfile::NamedTempFile::new_in(folder).context("make a file in the cache folder")?;
-    file.write_all(code)
-        .and_then(|()| file.write_all(&sum))
-        .context("write the compiled component")?;
+    for part in parts {
+        file.write_all(part).context("write machine code")?;
+    }
     file.persist(path)
-        .context("move the compiled component into the cache folder")?;
+        .context("move machine code into the cache folder")?;
     Ok(())
 }
 

@@ -16,6 +16,7 @@ mod compile;
 mod component;
 mod engine;
 mod failure;
+mod function_cache;
 mod http;
 mod imports;
 mod kind;

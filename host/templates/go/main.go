@@ -35,6 +35,6 @@ func handle(order Order, message oncely.Message) error {
 	if err != nil {
 		return err
 	}
-	slog.Info("accepted", "order", order.ID)
+	slog.Info("accepted order", "id", order.ID)
 	return outbox.SendJSON("{{name}}.accepted", Accepted{ID: order.ID})
 }
