@@ -65,8 +65,9 @@ const STDERR_MAX: u64 = 16 << 10;
 /// Maximum number of cached refusals.
 const REFUSALS_MAX: usize = 1000;
 
-/// First byte of the output: an error text follows, or machine code. Before the machine code are the
-/// functions for the next compilation, and before them their length in eight bytes, little-endian.
+/// First byte of the output: an error text follows, or machine code. Before the machine code are
+/// the functions for the next compilation, and before them their length in eight bytes,
+/// little-endian.
 const COMPILED: u8 = b'+';
 const INVALID: u8 = b'-';
 const PANICKED: u8 = b'!';
