@@ -104,6 +104,12 @@ fn cases_pass_on_sqlite() -> Result<()> {
     );
     let (_, text) = test(folder.path(), &["--filter", "leave nothing"])?;
     ensure!(text.contains("1 passed, 0 failed"), "{text}");
+    let (code, text) = test(folder.path(), &["--filter", "leaves nothing"])?;
+    ensure!(code == 3, "{text}");
+    ensure!(
+        text.contains("no case has `leaves nothing` in its name"),
+        "{text}"
+    );
     Ok(())
 }
 

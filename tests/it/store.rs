@@ -38,6 +38,7 @@ mod changes;
 mod dead_letters;
 mod deployments;
 mod guest_sql;
+mod handover;
 mod hostile_sql;
 mod inbox;
 mod key_queues;

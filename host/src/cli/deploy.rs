@@ -166,7 +166,7 @@ pub fn show_plan(plan: &Plan) {
             plan.worker
         )),
         (Some(version), false) => term::note(format!(
-            "worker {}: changes to version {version}",
+            "worker {}: changes compared with version {version}",
             plan.worker
         )),
         (None, _) => term::note(format!("worker {}: new", plan.worker)),

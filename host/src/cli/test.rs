@@ -74,10 +74,16 @@ impl Test {
     pub async fn run(self) -> Result<()> {
         let began = Instant::now();
         let mut checked = Vec::new();
+        let mut is_any_selected = false;
         for path in &self.manifests {
             let manifest = Manifest::load(path, self.environment.name())?;
             manifest.warnings().iter().for_each(term::warning);
-            self.test_manifest(&manifest, &mut checked).await?;
+            is_any_selected |= self.test_manifest(&manifest, &mut checked).await?;
+        }
+        if let (Some(filter), false) = (&self.filter, is_any_selected) {
+            let message = format!("no case has `{filter}` in its name");
+            return Err(anyhow!(Exit::NotFound.with_message(message)))
+                .hint("the names of cases are in tests/*.yaml; upper and lower case differ");
         }
 
         if let Some(path) = &self.junit {
@@ -99,12 +105,18 @@ impl Test {
         }
     }
 
-    async fn test_manifest(&self, manifest: &Manifest, checked: &mut Vec<Checked>) -> Result<()> {
+    /// Returns whether the filter selects any case.
+    async fn test_manifest(&self, manifest: &Manifest, checked: &mut Vec<Checked>) -> Result<bool> {
         let files = case_files(manifest)?;
+        let is_selected = |file: &&CaseFile| file.cases.iter().any(|case| self.selects(case));
+        if !files.iter().any(|file| is_selected(&file)) {
+            return Ok(false);
+        }
         for entry in &manifest.workers {
             let own: Vec<&CaseFile> = files
                 .iter()
                 .filter(|file| belongs_to(file, entry, manifest))
+                .filter(is_selected)
                 .collect();
             if own.is_empty() {
                 continue;
@@ -114,7 +126,12 @@ impl Test {
             bench.stop().await?;
             tested?;
         }
-        Ok(())
+        Ok(true)
+    }
+
+    fn selects(&self, case: &Case) -> bool {
+        let filter = self.filter.as_ref();
+        filter.is_none_or(|text| case.name.contains(text))
     }
 
     async fn test_worker(
@@ -128,11 +145,7 @@ impl Test {
             let mut updates = Vec::new();
             let mut racers: Vec<(&Case, Vec<Input>)> = Vec::new();
             for (at, case) in file.cases.iter().enumerate() {
-                if self
-                    .filter
-                    .as_ref()
-                    .is_some_and(|text| !case.name.contains(text))
-                {
+                if !self.selects(case) {
                     continue;
                 }
                 let context = || format!("run the case `{}` of {}", case.name, file.path.display());

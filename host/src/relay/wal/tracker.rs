@@ -248,6 +248,7 @@ mod tests {
         WalOutcome::Published(Published {
             seq,
             stream: "S".to_owned(),
+            handover: None,
             stream_sequence: seq as u64,
         })
     }
