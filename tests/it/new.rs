@@ -57,7 +57,7 @@ async fn handles_its_first_message(language: &str, test: &[&str]) -> Result<()> 
         project.folder.join(".oncely"),
     )?;
     let tested = project.oncely(&["test"]).await?;
-    ensure!(tested.contains("2 passed, 0 failed"), "{tested}");
+    ensure!(tested.contains("3 passed, 0 failed"), "{tested}");
 
     // It is built and deployed, and a message has its effect and its output.
     project.oncely(&["deploy"]).await?;

@@ -22,6 +22,7 @@
 #ifndef ONCELY_H
 #define ONCELY_H
 
+#include <inttypes.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>

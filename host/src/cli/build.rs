@@ -225,8 +225,11 @@ fn run_command(command: &str, folder: &Path, worker: &str) -> Result<()> {
         .stdout(std::io::stderr())
         .status()
         .with_context(|| format!("run `{command}`"))?;
-    if !status.success() {
-        bail!("`{command}` failed with {status}");
+    match status.code() {
+        Some(0) => Ok(()),
+        // The shell did not find a program.
+        Some(127) => Err(anyhow::anyhow!("`{command}` failed with {status}"))
+            .hint("oncely new --list names missing tools, and how to install them"),
+        _ => bail!("`{command}` failed with {status}"),
     }
-    Ok(())
 }

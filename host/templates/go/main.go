@@ -31,9 +31,15 @@ func handle(order Order, message oncely.Message) error {
 	if order.Cents <= 0 {
 		return oncely.Reject("malformed", "an order needs a positive amount")
 	}
-	_, err := sql.Execute("insert into orders (id, cents) values ($1, $2)", order.ID, order.Cents)
+	stored, err := sql.Execute(
+		"insert into orders (id, cents) values ($1, $2) on conflict do nothing",
+		order.ID, order.Cents)
 	if err != nil {
 		return err
+	}
+	if stored == 0 {
+		slog.Info("order came in another message before", "id", order.ID)
+		return nil
 	}
 	slog.Info("accepted order", "id", order.ID)
 	return outbox.SendJSON("{{name}}.accepted", Accepted{ID: order.ID})

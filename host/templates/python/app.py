@@ -20,6 +20,9 @@ def handle(order: Order) -> None:
     """The effects of this function are committed together, once, when it returns."""
     if order.cents <= 0:
         raise Reject("an order needs a positive amount", code="malformed")
-    sql.execute("insert into orders (id, cents) values ($1, $2)", order.id, order.cents)
+    statement = "insert into orders (id, cents) values ($1, $2) on conflict do nothing"
+    if sql.execute(statement, order.id, order.cents) == 0:
+        logging.info("order %s came in another message before", order.id)
+        return
     outbox.send("{{name}}.accepted", {"id": order.id})
     logging.info("accepted order %s", order.id)

@@ -14,7 +14,11 @@ export default handler((message) => {
   if (order.cents <= 0) {
     throw new Reject("an order needs a positive amount", { code: "malformed" });
   }
-  sql.execute("insert into orders (id, cents) values ($1, $2)", order.id, order.cents);
+  const statement = "insert into orders (id, cents) values ($1, $2) on conflict do nothing";
+  if (sql.execute(statement, order.id, order.cents) === 0) {
+    log.info(`order ${order.id} came in another message before`);
+    return;
+  }
   outbox.send("{{name}}.accepted", { id: order.id });
   log.info(`accepted order ${order.id}`);
 });

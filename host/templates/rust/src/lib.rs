@@ -21,10 +21,14 @@ oncely_guest::handler!(handle);
 fn handle(message: Message) -> Result<(), Failure> {
     let order: Order = message.json()?;
     check(&order)?;
-    sql::execute(
-        "insert into orders (id, cents) values ($1, $2)",
+    let stored = sql::execute(
+        "insert into orders (id, cents) values ($1, $2) on conflict do nothing",
         params![order.id, order.cents],
     )?;
+    if stored == 0 {
+        log::info!("order {} came in another message before", order.id);
+        return Ok(());
+    }
     outbox::send(Outgoing::json("{{name}}.accepted", &Accepted { id: &order.id })?)?;
     log::info!("accepted order {}", order.id);
     Ok(())
