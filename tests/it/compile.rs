@@ -158,6 +158,10 @@ fn compose(outer: &[u8], callee: &[u8], caller: &[u8]) -> Result<Vec<u8>> {
 
 /// A compiler process, started the way a host does.
 fn compiler(seconds: u64, bytes: u64) -> Result<Child> {
+    start_compiler(seconds, bytes, &[])
+}
+
+fn start_compiler(seconds: u64, bytes: u64, arguments: &[&str]) -> Result<Child> {
     Command::new(guests::oncely()?)
         .args([
             "compile-component",
@@ -166,6 +170,7 @@ fn compiler(seconds: u64, bytes: u64) -> Result<Child> {
             "--memory",
             &bytes.to_string(),
         ])
+        .args(arguments)
         .env_clear()
         .env("MIMALLOC_ARENA_RESERVE", "65536")
         .stdin(Stdio::piped())
@@ -177,7 +182,11 @@ fn compiler(seconds: u64, bytes: u64) -> Result<Child> {
 
 /// The first byte of the compiler's answer to a component, and the rest.
 fn compile(wasm: &[u8]) -> Result<(u8, Vec<u8>)> {
-    let mut child = compiler(60, 2 << 30)?;
+    answer(compiler(60, 2 << 30)?, wasm)
+}
+
+/// Gives a component to the compiler. Returns the first byte of its answer, and the rest.
+fn answer(mut child: Child, wasm: &[u8]) -> Result<(u8, Vec<u8>)> {
     let mut stdin = child.stdin.take().context("open the compiler's input")?;
     stdin.write_all(&(wasm.len() as u64).to_le_bytes())?;
     stdin.write_all(wasm)?;
@@ -196,7 +205,7 @@ fn compile(wasm: &[u8]) -> Result<(u8, Vec<u8>)> {
 fn a_composed_component_compiles_and_an_invalid_one_is_refused() -> Result<()> {
     let (first, code) = compile(&pair()?)?;
     assert_eq!(first, b'+', "{}", String::from_utf8_lossy(&code));
-    assert!(code.starts_with(b"\x7fELF"));
+    assert!(code.starts_with(b"\0\0\0\0\0\0\0\0\x7fELF"), "no functions");
     let invalid = wat::parse_str("(component (core module (func (result i32) i64.const 0)))")?;
     let (first, sentence) = compile(&invalid)?;
     let sentence = String::from_utf8(sentence)?;
@@ -205,6 +214,36 @@ fn a_composed_component_compiles_and_an_invalid_one_is_refused() -> Result<()> {
         sentence.contains("type mismatch") && sentence.lines().count() < 5,
         "{sentence}"
     );
+    Ok(())
+}
+
+#[test]
+fn functions_of_an_earlier_compilation_are_used_again() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("functions");
+    let compile = || -> Result<(Vec<u8>, Vec<u8>)> {
+        let argument = path.display().to_string();
+        let child = start_compiler(60, 2 << 30, &["--functions", &argument])?;
+        let (first, output) = answer(child, &std::fs::read(guests::component()?)?)?;
+        assert_eq!(first, b'+');
+        let (length, rest) = output.split_first_chunk().context("read the length")?;
+        let length = usize::try_from(u64::from_le_bytes(*length))?;
+        let (functions, code) = rest.split_at_checked(length).context("split the output")?;
+        Ok((functions.to_vec(), code.to_vec()))
+    };
+    let (functions, code) = compile()?;
+    assert!(functions.len() > 10_000, "{}", functions.len());
+    std::fs::write(&path, &functions)?;
+    let (added, same) = compile()?;
+    assert!(added.is_empty() && same == code);
+
+    // A damaged file costs time only.
+    let mut damaged = functions;
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 1;
+    std::fs::write(&path, damaged)?;
+    let (again, same) = compile()?;
+    assert!(!again.is_empty() && same == code);
     Ok(())
 }
 

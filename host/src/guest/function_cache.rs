@@ -12,10 +12,14 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use bytes::{Buf, BufMut, Bytes};
+use sha2::{Digest, Sha256};
 use wasmtime::CacheStore;
 
 /// Limit of the file, in bytes: the functions of a few interpreters.
 const FILE_MAX: usize = 128 << 20;
+
+/// The SHA-256 of the functions is at the end of the file.
+const SUM_SIZE: usize = 32;
 
 /// The file is written again when more than one function of a component in this many is new.
 const NEW_SHARE: usize = 10;
@@ -32,7 +36,11 @@ impl FunctionCache {
     /// Reads the file of an earlier compilation. A file that is absent or damaged counts as empty.
     pub fn read(path: &Path) -> Self {
         let mut file = Bytes::from(std::fs::read(path).unwrap_or_default());
+        let sum = file.split_off(file.len().saturating_sub(SUM_SIZE));
         let mut earlier = HashMap::new();
+        if Sha256::digest(&file).as_slice() != sum {
+            return FunctionCache::default();
+        }
         while let Some((key, code)) = take(&mut file).zip(take(&mut file)) {
             earlier.insert(key, code);
         }
@@ -58,7 +66,7 @@ impl FunctionCache {
         let functions: Vec<_> = added.chain(used).chain(unused).collect();
         let size = |(key, code): &(&Bytes, &Bytes)| key.len() + code.len() + 8;
         let whole = functions.iter().map(size).sum();
-        let mut file = Vec::with_capacity(FILE_MAX.min(whole));
+        let mut file = Vec::with_capacity(FILE_MAX.min(whole) + SUM_SIZE);
         for function in functions {
             if file.len() + size(&function) > FILE_MAX {
                 break;
@@ -66,6 +74,8 @@ impl FunctionCache {
             put(&mut file, function.0);
             put(&mut file, function.1);
         }
+        let sum = Sha256::digest(&file);
+        file.extend_from_slice(&sum);
         Some(file)
     }
 }
@@ -124,10 +134,14 @@ mod tests {
         std::fs::write(&path, &file).unwrap();
         assert_eq!(FunctionCache::read(&path).earlier.len(), 3);
 
-        // Torn
+        // Torn, or changed
         for length in 0..file.len() {
             std::fs::write(&path, &file[..length]).unwrap();
-            assert!(FunctionCache::read(&path).earlier.len() < 3);
+            assert!(FunctionCache::read(&path).earlier.is_empty());
+            let mut changed = file.clone();
+            changed[length] ^= 1;
+            std::fs::write(&path, changed).unwrap();
+            assert!(FunctionCache::read(&path).earlier.is_empty());
         }
     }
 }
