@@ -25,7 +25,7 @@ use crate::testing::{
 };
 
 /// The folder of cases, next to a manifest.
-const CASES: &str = "tests";
+pub(super) const CASES: &str = "tests";
 
 /// Test handlers: messages or requests with expected results, outputs, state and rows.
 ///

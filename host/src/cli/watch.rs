@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result};
 
 use super::lock::resolved;
+use super::test::CASES;
 use crate::config::manifest::{Manifest, Source};
 use crate::config::{Database, HostConfig};
 
@@ -172,7 +173,8 @@ impl Places {
                     continue;
                 }
                 if kind.is_dir() {
-                    if !GENERATED_FOLDERS.contains(&name.as_ref()) {
+                    // Cases are no part of the component.
+                    if !GENERATED_FOLDERS.contains(&name.as_ref()) && name != CASES {
                         left.push(entry.path());
                     }
                 } else if !is_generated(&name) {
@@ -230,6 +232,7 @@ mod tests {
             "data/components/x",
             "app.sqlite",
             "app.sqlite-wal",
+            "tests/orders.yaml",
             "built/CACHEDIR.TAG",
             "built/debug/x",
         ] {
