@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
+use crate::compiled;
 use crate::eventually::eventually;
 use crate::guests;
 use crate::world::{PATIENCE, World, signal};
@@ -31,6 +32,7 @@ impl RunningHost {
     pub fn spawn(world: &World, name: &str) -> Result<Self> {
         let folder = world.folder.path().join(name);
         std::fs::create_dir_all(&folder).context("create the host's folder")?;
+        let _ = compiled::provide(&folder.join(".oncely"));
         let log = std::fs::File::create(folder.join("log")).context("create the host's log")?;
         let child = Command::new(guests::oncely()?)
             .arg("run")
@@ -158,5 +160,6 @@ impl Drop for RunningHost {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let _ = compiled::save(&self.folder.join(".oncely"));
     }
 }

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::compiled;
 use crate::database::{Database, Kind};
 use crate::eventually::{eventually, eventually_within};
 use crate::guests;
@@ -186,6 +187,7 @@ impl World {
     }
 
     fn spawn(&self, data_dir: &Path, nats_url: &str, database_url: &str) -> Result<Child> {
+        let _ = compiled::provide(data_dir);
         let log = std::fs::File::options()
             .create(true)
             .append(true)
@@ -422,6 +424,7 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         let _ = self.kill_host();
+        let _ = compiled::save(&self.data_dir());
     }
 }
 
