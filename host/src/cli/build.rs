@@ -229,7 +229,7 @@ fn run_command(command: &str, folder: &Path, worker: &str) -> Result<()> {
         Some(0) => Ok(()),
         // The shell did not find a program.
         Some(127) => Err(anyhow::anyhow!("`{command}` failed with {status}"))
-            .hint("oncely new --list names missing tools, and how to install them"),
+            .hint("see which tools are missing, and how to install them: oncely new --list"),
         _ => bail!("`{command}` failed with {status}"),
     }
 }

@@ -1,5 +1,7 @@
-//! Machine code of components: the settings it depends on, and its compilation.
+//! Machine code of components: the settings it depends on, its compilation, and its files.
 
+use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -71,4 +73,17 @@ pub(super) fn code_config(kind: EngineKind) -> Config {
         .wasm_multi_memory(true)
         .concurrency_support(kind == EngineKind::Async);
     config
+}
+
+/// Writes a file of the cache folder, in parts. It replaces another one as a whole.
+pub(super) fn write_file(path: &Path, parts: &[&[u8]]) -> Result<()> {
+    let folder = path.parent().context("find the cache folder")?;
+    let mut file =
+        tempfile::NamedTempFile::new_in(folder).context("make a file in the cache folder")?;
+    for part in parts {
+        file.write_all(part).context("write machine code")?;
+    }
+    file.persist(path)
+        .context("move machine code into the cache folder")?;
+    Ok(())
 }

@@ -26,8 +26,7 @@ use tokio::process::Command;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use wasmtime::CacheStore;
 
-use super::code;
-use super::engine::write_file;
+use super::code::{self, write_file};
 use super::function_cache::FunctionCache;
 use crate::config::CompileSettings;
 use crate::model::hint::{WithHint, hints};

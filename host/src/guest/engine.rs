@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::hash::{Hash, Hasher};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,7 +12,7 @@ use sha2::{Digest, Sha256};
 use wasmtime::component::Component;
 use wasmtime::{Enabled, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};
 
-use super::code::{EngineKind, MEMORY_MAX, code_config};
+use super::code::{EngineKind, MEMORY_MAX, code_config, write_file};
 use super::compile::{CompileError, Compiler, ComponentDigest};
 use crate::component;
 use crate::config::CompileSettings;
@@ -255,19 +254,6 @@ fn deserialize(engine: &Engine, code: &[u8]) -> Result<Component> {
 /// Writes a compiled component atomically.
 fn write_compiled(code: &[u8], path: &Path) -> Result<()> {
     write_file(path, &[code, &Sha256::digest(code)])
-}
-
-/// Writes a file of the cache folder, in parts. It replaces another one as a whole.
-pub(super) fn write_file(path: &Path, parts: &[&[u8]]) -> Result<()> {
-    let folder = path.parent().context("find the cache folder")?;
-    let mut file =
-        tempfile::NamedTempFile::new_in(folder).context("make a file in the cache folder")?;
-    for part in parts {
-        file.write_all(part).context("write machine code")?;
-    }
-    file.persist(path)
-        .context("move machine code into the cache folder")?;
-    Ok(())
 }
 
 /// Starts an engine with pooled instances whose guests check their deadlines.
