@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use tokio::sync::{Mutex, Notify};
@@ -22,6 +22,7 @@ use crate::ingress::Ingress;
 use crate::metrics::Metrics;
 use crate::model::invalidation::CACHE_STREAM;
 use crate::model::request::Admission;
+use crate::model::retry::Backoff;
 use crate::model::signature::PublicKeys;
 use crate::relay::{Relay, RelayModeController, RelayState, Repair, WalRelay};
 use crate::services::{RelayLink, Services};
@@ -192,6 +193,9 @@ impl Default for HostTasks {
     }
 }
 
+/// How long the stream of invalidations may lack a leader when a host starts.
+const LEADER_TIMEOUT: Duration = Duration::from_secs(60);
+
 impl HostTasks {
     /// Takes the host's lease in the database and renews it until the host ends.
     async fn begin_lease(&mut self, store: &Arc<Store>) -> Result<Arc<RelayState>> {
@@ -219,14 +223,21 @@ impl HostTasks {
         self.relay.spawn(parts.repair.run(stopping));
     }
 
-    /// Subscribes to invalidations, before anything is cached on this host.
+    /// Subscribes to invalidations, before anything is cached on this host. The stream may be
+    /// without a leader for a while, when a server has just ended.
     async fn listen_for_invalidations(&mut self, host: &Host) -> Result<()> {
-        let invalidations = host
-            .services
-            .bus
-            .feed(CACHE_STREAM)
-            .await
-            .context("subscribe to invalidations")?;
+        let (end, mut backoff) = (Instant::now() + LEADER_TIMEOUT, Backoff::default());
+        let invalidations = loop {
+            match host.services.bus.feed(CACHE_STREAM).await {
+                Ok(feed) => break feed,
+                Err(error) if Instant::now() < end => tracing::warn!(
+                    error = format!("{error:#}"),
+                    "failed to subscribe to invalidations, trying again"
+                ),
+                Err(error) => return Err(error).context("subscribe to invalidations"),
+            }
+            tokio::time::sleep(backoff.next(rand::random())).await;
+        };
         let (cache, stopping) = (host.services.cache.clone(), self.supervision.stopping());
         self.relay
             .spawn(feed::listen(invalidations, cache, stopping));
