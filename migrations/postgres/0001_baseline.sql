@@ -279,12 +279,11 @@ create table oncely.outbox (
     -- The time of the commit plus the delay of the output.
     due_at           timestamptz not null default now(),
 
-    -- `poll`: a host leases the row, publishes it and updates it. `handover`: the host that
-    -- committed it publishes it, and `wal`: the WAL reader does. Both write a `relay_record`, which
-    -- is cheaper than an update of each row. Their rows are leased to no host and stay unpublished
-    -- in this table. See the view `output`.
+    -- `poll`: a host leases the row, publishes it and updates it. `wal`: the WAL reader publishes
+    -- it and writes a `relay_record`. Such a row is leased to no host and stays unpublished in this
+    -- table.
     via              text        not null default 'poll'
-        constraint outbox_via check (via in ('poll', 'handover', 'wal')),
+        constraint outbox_via check (via in ('poll', 'wal')),
     -- For `poll`: earlier outputs of the queue may be in the WAL, up to this position.
     not_before_lsn   pg_lsn,
     -- The lease. `leased_by` is the host instance, see `host_instance`. A guest that changes the
@@ -311,8 +310,8 @@ create table oncely.outbox (
         (published_at is null) = (stream is null) and (stream is null) = (stream_sequence is null)),
     constraint outbox_published_not_blocked_or_parked check (
         published_at is null or (blocked_by is null and parked_at is null)),
-    constraint outbox_only_polled_published_or_blocked check (
-        via = 'poll' or (published_at is null and blocked_by is null and parked_at is null))
+    constraint outbox_wal_not_published_or_blocked check (
+        via = 'poll' or (published_at is null and blocked_by is null))
 ) partition by list (partition);
 -- The poller: unpublished rows whose lease or delay has ended.
 create index outbox_unpublished on oncely.outbox (leased_until, seq)
@@ -329,18 +328,6 @@ create table oncely.outbox_0 partition of oncely.outbox for values in (0);
 create table oncely.outbox_1 partition of oncely.outbox for values in (1);
 create table oncely.outbox_2 partition of oncely.outbox for values in (2);
 create table oncely.outbox_3 partition of oncely.outbox for values in (3);
-
--- The outputs of one transaction that the committing host publishes from memory: rows with `via`
--- `handover`, by number. The row goes once each of them is recorded or left to the poller. When its
--- lease ends before that, or its host does, the poller takes over what is not recorded.
-create table oncely.handover (
-    number       bigint      generated always as identity constraint handover_pk primary key,
-    seqs         bigint[]    not null constraint handover_not_empty check (cardinality(seqs) > 0),
-    leased_until timestamptz not null,
-    leased_by    bigint
-        default nullif(current_setting('oncely.instance', true), '')::bigint
-) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000);
-create index handover_by_lease on oncely.handover (leased_until);
 
 -- A parked output that an operator dropped. It was never published. Rows are immutable.
 create table oncely.dropped_output (
@@ -422,15 +409,14 @@ create table oncely.relay_position (
 create unique index relay_position_single_row on oncely.relay_position ((true));
 insert into oncely.relay_position default values;
 
--- A batch of outputs that were published to one stream, by the host that committed them or by the
--- WAL reader. `seqs` and `sequences` are parallel arrays: numbers in the outbox, and positions on
--- the stream. Kept longer than the outputs.
+-- A batch of outputs that the WAL reader published to one stream. `seqs` and `sequences` are
+-- parallel arrays: numbers in the outbox, and positions on the stream. Kept longer than the
+-- outputs.
 create table oncely.relay_record (
     number        bigint      generated always as identity constraint relay_record_pk primary key,
     stream        text        not null,
     seqs          bigint[]    not null,
     sequences     bigint[]    not null,
-    first_seq     bigint      not null,
     last_seq      bigint      not null,
     last_sequence bigint      not null,
     published_at  timestamptz not null default now(),
@@ -701,37 +687,7 @@ begin
     where outbox.seq > passed and outbox.via = 'wal' and published.seq is null;
 end $$;
 
--- The outputs of hand-overs that are not known to be published.
-create function oncely.handover_backlog()
-returns table (seq bigint, worker text, due_at timestamptz)
-language plpgsql stable set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_custom_plan set enable_seqscan = off set jit = off as $$
-#variable_conflict use_column
-declare
-    oldest bigint;
-begin
-    select min(seqs[1]) into oldest from oncely.handover;
-    if oldest is null then
-        return;
-    end if;
-    return query
-    select outbox.seq, outbox.worker, outbox.due_at
-    from (select unnest(seqs) as seq from oncely.handover) as handed_over
-        join oncely.outbox on outbox.seq = handed_over.seq and outbox.via = 'handover'
-    where outbox.seq not in (
-        select unnest(seqs) from oncely.relay_record where last_seq >= oldest);
-end $$;
-
--- The outputs that a host or the WAL reader publishes without a row to update, and that are not
--- known to be published.
-create function oncely.unrecorded() returns table (seq bigint, worker text, due_at timestamptz)
-language sql stable set search_path = pg_catalog, pg_temp as $$
-    select seq, worker, due_at from oncely.wal_backlog()
-    union all
-    select seq, worker, due_at from oncely.handover_backlog();
-$$;
-
--- The stream position of an output with a relay record. All names are qualified
+-- The stream position of an output published from the WAL, if recorded. All names are qualified
 -- instead of a `set search_path`, so that the planner can inline the function.
 create function oncely.find_relay_record(output_seq bigint)
 returns table (stream text, stream_sequence bigint, published_at timestamptz)
@@ -743,81 +699,6 @@ language sql stable as $$
         and $1 operator(pg_catalog.=) any (record.seqs)
     order by record.last_seq limit 1;
 $$;
-
--- Each committed output, with its place on its stream once it is published.
-create view oncely.output as
-select outbox.seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key, created_at,
-    due_at, parked_at, first_attempt_at, failures, last_error,
-    coalesce(outbox.published_at, recorded.published_at) as published_at,
-    coalesce(outbox.stream, recorded.stream) as stream,
-    coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence
-from oncely.outbox left join lateral oncely.find_relay_record(outbox.seq) as recorded
-    on outbox.via <> 'poll';
-
--- Records places of outputs. `handovers` are the hand-overs of outputs from memory, null for polled
--- ones. Those whose hand-over was taken over meanwhile are polled rows by now. `finished` are the
--- hand-overs that have no other output left. Returns how many of the outputs are in the outbox.
-create function oncely.record_published(
-    seqs bigint[], streams text[], sequences bigint[], handovers bigint[], finished bigint[]
-) returns bigint language plpgsql set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_custom_plan set enable_seqscan = off set jit = off as $$
-#variable_conflict use_column
-declare
-    held bigint[];
-    found_in_outbox bigint;
-begin
-    -- The lock excludes a take-over until this is committed.
-    held := array(
-        select number from oncely.handover where number = any($4) order by number for update);
-
-    insert into oncely.relay_record (stream, seqs, sequences, first_seq, last_seq, last_sequence)
-    select stream, array_agg(seq order by seq), array_agg(sequence order by seq), min(seq),
-        max(seq), max(sequence)
-    from unnest($1, $2, $3, $4) as given (seq, stream, sequence, handover)
-    where handover = any(held)
-    group by stream;
-
-    with polled as materialized (
-        select seq, stream, sequence
-        from unnest($1, $2, $3, $4) as given (seq, stream, sequence, handover)
-        where handover is null or not handover = any(held)
-    ), updated as (
-        update oncely.outbox
-        set published_at = coalesce(published_at, now()), stream = polled.stream,
-            stream_sequence = polled.sequence, blocked_by = null, parked_at = null
-        from polled where outbox.seq = polled.seq and via = 'poll'
-    )
-    select count(*) into found_in_outbox
-    from polled join oncely.outbox on outbox.seq = polled.seq;
-
-    delete from oncely.handover where number = any($5);
-    return found_in_outbox + cardinality($1) - (
-        select count(*) from unnest($4) as handover
-        where handover is null or not handover = any(held));
-end $$;
-
--- Takes over hand-overs with an expired lease: what is not recorded becomes due for the poller.
-create function oncely.take_over_handovers() returns void
-language plpgsql set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_custom_plan set enable_seqscan = off set jit = off as $$
-declare
-    taken_over bigint[];
-begin
-    with expired as (
-        delete from oncely.handover where number in (
-            select number from oncely.handover where leased_until <= now()
-            order by leased_until limit 1000 for update skip locked)
-        returning seqs
-    )
-    select array_agg(seq) into taken_over from expired cross join unnest(seqs) as seq;
-    if taken_over is null then
-        return;
-    end if;
-    update oncely.outbox set via = 'poll', leased_until = now(), leased_by = null
-    where seq = any(taken_over) and via = 'handover' and seq not in (
-        select unnest(seqs) from oncely.relay_record
-        where last_seq >= (select min(seq) from unnest(taken_over) as seq));
-end $$;
 
 -- Whether all WAL outputs committed before a position are published, or moved to `poll`.
 create function oncely.wal_is_published(up_to pg_lsn) returns boolean
@@ -1176,10 +1057,9 @@ end $$;
 
 -- Appends outputs in their order, and leases to the calling host those that it may publish itself:
 -- due, in `poll` mode, and without a blocked or failed output before them in their per-key queue.
--- They are leased for `lease` microseconds and returned with the start of the lease. Those without
--- an ordering key are handed over (`handover`). The first one of each key is returned with the
--- outputs before it in the queue (`predecessors`), which have to be published first. All others are
--- left to the poller.
+-- They are leased for `lease` microseconds and returned with the start of the lease. The first one
+-- of each key is returned with the outputs before it in the queue (`predecessors`), which have to
+-- be published first. All others are left to the poller.
 --
 -- In `wal` mode, due outputs go to the WAL and are leased to no host. If the queue of a key already
 -- contains outputs in `poll` mode, further ones join it and wait for the same output, or for the
@@ -1188,9 +1068,8 @@ end $$;
 create function oncely_definer.append(
     token bytea, workers text[], ids text[], event_ids text[], ordinals integer[], subjects text[],
     headers text[], bodies bytea[], ordering_keys text[], delays bigint[], lease bigint
-) returns table (
-    seq bigint, first_attempt_at bigint, predecessors bigint[], handover bigint
-) language plpgsql security definer set search_path = pg_catalog, pg_temp
+) returns table (seq bigint, first_attempt_at bigint, predecessors bigint[])
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
@@ -1213,30 +1092,22 @@ begin
     -- Without ordering keys there are no queues.
     if array_remove($9, null) = '{}' then
         return query
-        with appended as (
-            insert into oncely.outbox (worker, id, event_id, ordinal, subject, headers, body,
-                due_at, leased_until, first_attempt_at, via, partition)
-            select worker, id, event_id, ordinal, subject, headers, body,
-                now + delay * interval '1 microsecond',
-                case when delay = 0 then 'infinity' else now + delay * interval '1 microsecond' end,
-                case when delay = 0 then now end,
-                case when delay > 0 then 'poll' when is_wal_mode then 'wal' else 'handover' end,
-                current_partition
-            from unnest($2, $3, $4, $5, $6, $7, $8, $10) with ordinality
-                as given (worker, id, event_id, ordinal, subject, headers, body, delay, place)
-            order by place
-            returning seq, first_attempt_at, via
-        ), handed_over as (
-            insert into oncely.handover (seqs, leased_until)
-            select array_agg(seq order by seq), now + $11 * interval '1 microsecond'
-            from appended where via = 'handover' having count(*) > 0
-            returning number
-        )
-        select seq,
-            case when via = 'handover'
+        insert into oncely.outbox (worker, id, event_id, ordinal, subject, headers, body, due_at,
+            leased_until, first_attempt_at, via, partition)
+        select worker, id, event_id, ordinal, subject, headers, body,
+            now + delay * interval '1 microsecond',
+            case when delay = 0 and is_wal_mode then 'infinity'
+                else now
+                    + case when delay = 0 then $11 else delay end * interval '1 microsecond' end,
+            case when delay = 0 then now end,
+            case when delay = 0 and is_wal_mode then 'wal' else 'poll' end, current_partition
+        from unnest($2, $3, $4, $5, $6, $7, $8, $10) with ordinality
+            as given (worker, id, event_id, ordinal, subject, headers, body, delay, place)
+        order by place
+        returning seq,
+            case when via = 'poll'
                 then (extract(epoch from first_attempt_at) * 1000000)::bigint end,
-            null::bigint[], number
-        from appended left join handed_over on via = 'handover';
+            null::bigint[];
         return;
     end if;
 
@@ -1273,7 +1144,6 @@ begin
         where given.is_first and given.ordering_key is not null and unpublished.seqs is not null
     ), routed as materialized (
         select *, delay = 0 and is_wal_mode and blocker is null as goes_to_wal,
-            delay = 0 and not is_wal_mode and ordering_key is null as is_handed_over,
             is_wal_used and ordering_key is not null as waits_for_wal
         from given left join queue using (worker, ordering_key)
     ), appended as (
@@ -1284,7 +1154,7 @@ begin
             now + delay * interval '1 microsecond',
             case when delay = 0 then blocker end,
             case
-                when goes_to_wal or is_handed_over then 'infinity'
+                when goes_to_wal then 'infinity'
                 when delay > 0 then now + delay * interval '1 microsecond'
                 when blocker is not null then 'infinity'
                 when waits_for_wal then now
@@ -1292,27 +1162,20 @@ begin
             end,
             case when delay = 0 and blocker is null and (goes_to_wal or not waits_for_wal)
                 then now end,
-            case when goes_to_wal then 'wal' when is_handed_over then 'handover' else 'poll' end,
+            case when goes_to_wal then 'wal' else 'poll' end,
             case when not goes_to_wal and waits_for_wal then wal_end end,
             current_partition
         from routed
         order by place
         returning seq, worker, ordering_key, first_attempt_at, via
-    ), handed_over as (
-        insert into oncely.handover (seqs, leased_until)
-        select array_agg(seq order by seq), now + $11 * interval '1 microsecond'
-        from appended where via = 'handover' having count(*) > 0
-        returning number
     )
     select seq,
-        case when via <> 'wal' then (extract(epoch from first_attempt_at) * 1000000)::bigint end,
+        case when via = 'poll' then (extract(epoch from first_attempt_at) * 1000000)::bigint end,
         case when first_attempt_at is not null and via = 'poll'
             and seq = min(seq) filter (where first_attempt_at is not null) over (
                 partition by worker, ordering_key)
-        then seqs end,
-        number
-    from appended left join queue using (worker, ordering_key)
-        left join handed_over on via = 'handover';
+        then seqs end
+    from appended left join queue using (worker, ordering_key);
 end $$;
 
 

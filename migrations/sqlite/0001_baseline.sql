@@ -289,12 +289,6 @@ create index oncely_outbox_blocked on oncely_outbox (blocked_by) where blocked_b
 create index oncely_outbox_parked on oncely_outbox (seq) where parked_at is not null;
 create index oncely_outbox_ids_taken on oncely_outbox (worker) where ids_taken > 0;
 
--- Each committed output, with its place on its stream once it is published.
-create view oncely_output as
-select seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key, created_at, due_at,
-    parked_at, first_attempt_at, failures, last_error, published_at, stream, stream_sequence
-from oncely_outbox;
-
 -- A parked output that an operator dropped. It was never published. Rows are immutable.
 create table oncely_dropped_output (
     seq          integer constraint dropped_output_pk primary key,

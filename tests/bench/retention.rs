@@ -4,7 +4,6 @@
 //!
 //! Only the store is under load, without broker and guests, so that millions of rows take minutes.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -179,13 +178,13 @@ async fn lane(store: Arc<Store>, next: Arc<AtomicUsize>, rows: usize) -> Result<
         let outputs: Vec<Output> = events.iter().map(output).collect();
         let appended = tx.append_outputs(&outputs, TIME).await?;
         tx.commit().await?;
-        let published: Vec<Published> = appended
-            .iter()
-            .map(|row| Published::new(row, "PAYMENTS", row.seq.cast_unsigned()))
-            .collect();
-        let finished: BTreeSet<i64> = appended.iter().filter_map(|row| row.handover).collect();
-        let finished: Vec<i64> = finished.into_iter().collect();
-        while let Err(error) = store.mark_published(&published, &finished).await {
+        let place = |seq| Published {
+            seq,
+            stream: "PAYMENTS".to_owned(),
+            stream_sequence: seq as u64,
+        };
+        let published: Vec<Published> = appended.iter().map(|row| place(row.seq)).collect();
+        while let Err(error) = store.mark_published(&published).await {
             ensure!(
                 matches!(error, StoreError::Conflict(_)),
                 "mark outputs as published: {error:?}"

@@ -905,15 +905,14 @@ impl Campaign {
             .database
             .number("select coalesce(max(seq), 0) from oncely.outbox")
             .await?;
-        let not_in_wal = if self.plan.kind == Kind::Postgres {
-            " and seq not in (select seq from oncely.wal_backlog())"
+        let poll_condition = if self.plan.kind == Kind::Postgres {
+            " and via = 'poll'"
         } else {
             ""
         };
         let waiting = format!(
-            "select count(*) from oncely.outbox as waiting join oncely.output as output using (seq)
-             where seq <= {last} and output.published_at is null and output.failures = 0
-             and blocked_by is null and output.parked_at is null{not_in_wal}"
+            "select count(*) from oncely.outbox where seq <= {last} and published_at is null and failures = 0
+             and blocked_by is null and parked_at is null{poll_condition}"
         );
         let left = self.world.database.number(&waiting).await?;
         self.ready().await?;
@@ -1423,9 +1422,8 @@ impl Campaign {
         std::fs::write(folder.join("violations.txt"), list.concat())
             .context("write the violations")?;
         let rows =
-            "select seq, output.id, output.subject, output.ordering_key, output.due_at, leased_until, blocked_by, output.parked_at,
-            output.failures, output.last_error
-            from oncely.outbox as waiting join oncely.output as output using (seq) where output.published_at is null order by seq";
+            "select seq, id, subject, ordering_key, due_at, leased_until, blocked_by, parked_at, failures, last_error
+            from oncely.outbox where published_at is null order by seq";
         let unpublished = self.world.database.rows(rows).await.unwrap_or_default();
         let unpublished: String = unpublished
             .iter()

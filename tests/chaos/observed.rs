@@ -223,7 +223,7 @@ async fn published_alarms(
     database: &Database,
     nats: &NatsServer,
 ) -> Result<BTreeMap<String, usize>> {
-    let unpublished_alarms = "select count(*) from oncely.output where published_at is null and subject like 'oncely.alarm.%'";
+    let unpublished_alarms = "select count(*) from oncely.outbox where published_at is null and subject like 'oncely.alarm.%'";
     let end = Instant::now() + PUBLISHED_WITHIN;
     while database.number(unpublished_alarms).await? > 0 && Instant::now() < end {
         tokio::time::sleep(Duration::from_millis(50)).await;

@@ -29,7 +29,7 @@ const INTERVAL: Duration = Duration::from_millis(200);
 const GUESSES_IN_ADVANCE: u64 = 20;
 
 /// Outputs that are not due yet, so certainly not on their stream.
-const UNPUBLISHED: &str = "select id from oncely.output
+const UNPUBLISHED: &str = "select id from oncely.outbox
     where published_at is null and subject like 'out.%' and first_attempt_at is null limit 3";
 
 /// Counts of the attacks.

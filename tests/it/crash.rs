@@ -130,7 +130,7 @@ both!(
         assert_eq!(
             world
                 .database
-                .number("select count(*) from oncely.output where published_at is null")
+                .number("select count(*) from oncely.outbox where published_at is null")
                 .await?,
             0
         );

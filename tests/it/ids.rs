@@ -296,7 +296,7 @@ both!(
             &format!("{}\n{downstream}", with_other(QUICK_RETRIES)?),
         )
         .await?;
-        let published = "select count(*) from oncely.output where published_at is not null and worker <> 'downstream'";
+        let published = "select count(*) from oncely.outbox where published_at is not null and worker <> 'downstream'";
 
         // Messages from a publisher, another worker and the worker itself, the last two through
         // `outbox.send`.

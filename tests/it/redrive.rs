@@ -531,7 +531,7 @@ both!(
             // redriven again.
             world
                 .until(
-                    "select count(*) from oncely.output where published_at is null",
+                    "select count(*) from oncely.outbox where published_at is null",
                     0,
                 )
                 .await?;

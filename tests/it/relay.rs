@@ -257,7 +257,7 @@ both!(
                 .nats
                 .publish_all(vec![emit(&format!("free{n}"), &format!("out.free{n}"), 1)])
                 .await?;
-            let free = "select count(*) from oncely.output where subject like 'out.free%' and published_at is not null";
+            let free = "select count(*) from oncely.outbox where subject like 'out.free%' and published_at is not null";
             world.until(free, n + 1).await?;
         }
         ensure!(
@@ -275,7 +275,7 @@ both!(
         world.nats.purge_subject("OUT", "out.full").await?;
         world
             .until(
-                "select count(*) from oncely.output where published_at is not null",
+                "select count(*) from oncely.outbox where published_at is not null",
                 10,
             )
             .await?;
@@ -320,7 +320,7 @@ both!(
         assert_eq!(
             world
                 .database
-                .number("select count(*) from oncely.output where published_at is not null")
+                .number("select count(*) from oncely.outbox where published_at is not null")
                 .await?,
             0
         );
@@ -335,11 +335,11 @@ both!(
         };
         let early = world
             .database
-            .number(&format!("select {early} from oncely.output"))
+            .number(&format!("select {early} from oncely.outbox"))
             .await?;
         let late = world
             .database
-            .number(&format!("select {late} from oncely.output"))
+            .number(&format!("select {late} from oncely.outbox"))
             .await?;
         assert!(
             early >= 0 && late < 1_000_000,

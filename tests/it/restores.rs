@@ -202,7 +202,7 @@ both!(
         let alarm =
             "select count(*) from oncely.alarm where kind = 'restored' and cleared_at is null";
         world.until(alarm, 1).await?;
-        let alarms = "select count(*) from oncely.output where subject like 'oncely.alarm.%' and published_at is not null
+        let alarms = "select count(*) from oncely.outbox where subject like 'oncely.alarm.%' and published_at is not null
         and event_id like '%restored%'";
         world.until(alarms, 1).await?;
         assert_eq!(

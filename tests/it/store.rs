@@ -38,7 +38,6 @@ mod changes;
 mod dead_letters;
 mod deployments;
 mod guest_sql;
-mod handover;
 mod hostile_sql;
 mod inbox;
 mod key_queues;

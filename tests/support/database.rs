@@ -57,7 +57,7 @@ impl Database {
             Database::Sqlite(_) => "select count(*) from oncely.outbox where published_at is null",
             Database::Postgres { .. } => {
                 "select (select count(*) from oncely.outbox where published_at is null and via = 'poll') \
-                 + (select count(*) from oncely.unrecorded())"
+                 + (select count(*) from oncely.wal_backlog())"
             }
         }
     }
@@ -71,7 +71,7 @@ impl Database {
             Database::Postgres { .. } => {
                 "select (select count(*) from oncely.outbox
                          where published_at is null and via = 'poll' and subject not like 'oncely.alarm.%')
-                      + (select count(*) from oncely.unrecorded() join oncely.outbox using (seq) where subject not like 'oncely.alarm.%')"
+                      + (select count(*) from oncely.wal_backlog() join oncely.outbox using (seq) where subject not like 'oncely.alarm.%')"
             }
         }
     }

@@ -212,7 +212,6 @@ mod tests {
             headers: Vec::new(),
             body: Bytes::new(),
             ordering_key: key.map(str::to_owned),
-            handover: None,
             blocked_by: blocked_by.to_vec(),
             first_attempt_at: Timestamp::UNIX_EPOCH,
             failures: 0,

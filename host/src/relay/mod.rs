@@ -273,8 +273,6 @@ impl Relay {
                 }
                 leased = self.handed_over.recv(), if !has_lanes_closed && self.key_queues.len() < OUTPUTS_MAX => match leased {
                     Some(HandedOverOutputs { rows, already_published, since }) => {
-                        self.recorder.track_handovers(rows.iter().map(|row| (row.seq, row.handover)));
-                        self.recorder.track_handovers(already_published.iter().map(|place| (place.seq, place.handover)));
                         self.take_published(already_published);
                         self.take(rows, since);
                     }
@@ -412,9 +410,7 @@ impl Relay {
                 // that leases it.
                 self.recorder
                     .unpublished(self.key_queues.unpublished(&output.row));
-                if self.recorder.is_from_wal(output.row.seq)
-                    || self.recorder.is_handed_over(output.row.seq)
-                {
+                if self.recorder.is_from_wal(output.row.seq) {
                     self.recorder.unpublished([(output.row.seq, retry_now())]);
                 }
                 continue;
@@ -601,8 +597,11 @@ impl Relay {
         }
         self.has_waiters |= row.failures > 0 || self.may_block_key(row);
         self.key_queues.published(row);
-        self.recorder
-            .published(Published::new(row, &ack.stream, ack.sequence));
+        self.recorder.published(Published {
+            seq: row.seq,
+            stream: ack.stream,
+            stream_sequence: ack.sequence,
+        });
     }
 
     /// Whether outputs of its key may be left to the poller and wait for this one. Applies in WAL

@@ -125,8 +125,12 @@ impl OutputBatch {
             match is_stored {
                 Ok(true) => {
                     metrics.output(&row.worker, OutputOutcome::AlreadyStored);
-                    self.already_published
-                        .push(Published::new(&row, stream, sequence));
+                    let published = Published {
+                        seq: row.seq,
+                        stream: stream.to_owned(),
+                        stream_sequence: sequence,
+                    };
+                    self.already_published.push(published);
                 }
                 Ok(false) => {
                     let why = duplicates::id_taken_message(stream, sequence);

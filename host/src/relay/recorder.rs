@@ -1,7 +1,6 @@
 //! Recorder: writes the outcomes of outputs to the database. One write is in progress at a time,
 //! and the next one includes all outcomes since then.
 
-use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -24,17 +23,7 @@ pub struct Recorder {
     published: Vec<Published>,
     unpublished: Vec<(i64, Unpublished)>,
     writing: Option<JoinHandle<()>>,
-    handovers: Handovers,
     wal: WalRecorder,
-}
-
-/// Outputs in memory that share a hand-over with others.
-#[derive(Default)]
-struct Handovers {
-    /// The hand-over of each output without an outcome.
-    of_output: HashMap<i64, i64>,
-    /// The number of outputs of each hand-over whose outcomes are not in the database.
-    left: HashMap<i64, usize>,
 }
 
 /// Outputs from the WAL. The WAL reader records their outcomes.
@@ -61,25 +50,8 @@ impl Recorder {
             published: Vec::new(),
             unpublished: Vec::new(),
             writing: None,
-            handovers: Handovers::default(),
             wal,
         }
-    }
-
-    /// Tracks the hand-overs of outputs from memory.
-    pub fn track_handovers(&mut self, outputs: impl Iterator<Item = (i64, Option<i64>)>) {
-        for (seq, handover) in outputs {
-            if let Some(handover) = handover
-                && self.handovers.of_output.insert(seq, handover).is_none()
-            {
-                *self.handovers.left.entry(handover).or_default() += 1;
-            }
-        }
-    }
-
-    /// Whether an output in memory was handed over with others.
-    pub fn is_handed_over(&self, seq: i64) -> bool {
-        self.handovers.of_output.contains_key(&seq)
     }
 
     /// Adds a published output.
@@ -144,19 +116,10 @@ impl Recorder {
             std::mem::take(&mut self.published),
             std::mem::take(&mut self.unpublished),
         );
-        let finished = Finished {
-            published: self
-                .handovers
-                .finish(published.iter().map(|place| place.seq)),
-            unpublished: self
-                .handovers
-                .finish(unpublished.iter().map(|(seq, _)| *seq)),
-        };
         self.writing = Some(tokio::spawn(record(
             Arc::clone(&self.store),
             published,
             unpublished,
-            finished,
         )));
         true
     }
@@ -167,34 +130,6 @@ impl Recorder {
             let _ = writing.await;
         }
         self.writing = None;
-    }
-}
-
-/// The hand-overs that have no other output left, once all published outputs are recorded, and once
-/// all unpublished ones are released too.
-struct Finished {
-    published: Vec<i64>,
-    unpublished: Vec<i64>,
-}
-
-impl Handovers {
-    /// Counts outputs whose outcomes are about to be written. Returns the hand-overs that have no
-    /// other output left.
-    fn finish(&mut self, outputs: impl Iterator<Item = i64>) -> Vec<i64> {
-        let mut finished = Vec::new();
-        for seq in outputs {
-            let Some(handover) = self.of_output.remove(&seq) else {
-                continue;
-            };
-            if let Entry::Occupied(mut left) = self.left.entry(handover) {
-                *left.get_mut() -= 1;
-                if *left.get() == 0 {
-                    left.remove();
-                    finished.push(handover);
-                }
-            }
-        }
-        finished
     }
 }
 
@@ -222,32 +157,26 @@ async fn record(
     store: Arc<Store>,
     published: Vec<Published>,
     unpublished: Vec<(i64, Unpublished)>,
-    mut finished: Finished,
 ) {
     log_errors(&unpublished);
     if !published.is_empty() {
         fault::point(fault::BEFORE_MARK);
-        let is_recorded = retry("record published outputs", || {
-            store.mark_published(&published, &finished.published)
+        retry("record published outputs", || {
+            store.mark_published(&published)
         })
         .await;
         fault::point(fault::AFTER_MARK);
-        if !is_recorded {
-            // Some of their outputs are not recorded, so that they must be taken over.
-            finished.unpublished.clear();
-        }
     }
     if !unpublished.is_empty() {
         fault::point(fault::BEFORE_RELEASE);
         retry("release unpublished outputs", || {
-            store.release_outputs(&unpublished, &finished.unpublished)
+            store.release_outputs(&unpublished)
         })
         .await;
     }
 }
 
-/// Returns whether the operation succeeded.
-async fn retry<F, Fut>(what: &str, operation: F) -> bool
+async fn retry<F, Fut>(what: &str, operation: F)
 where
     F: Fn() -> Fut,
     Fut: Future<Output = crate::store::Result<()>>,
@@ -255,7 +184,7 @@ where
     let mut backoff = Backoff::default();
     for _ in 0..TRIES_MAX {
         match operation().await {
-            Ok(()) => return true,
+            Ok(()) => return,
             Err(error) => tracing::warn!(
                 operation = what,
                 error = format!("{:#}", anyhow::Error::from(error)),
@@ -264,7 +193,6 @@ where
         }
         tokio::time::sleep(backoff.next(rand::random())).await;
     }
-    false
 }
 
 /// Logs each distinct error once, with the number of its outputs.

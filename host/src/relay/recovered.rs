@@ -23,9 +23,11 @@ pub(super) async fn split(
     let (mut to_send, mut already_published) = (Vec::new(), Vec::new());
     for row in rows {
         match places.remove(&row.id) {
-            Some((stream, stream_sequence)) => {
-                already_published.push(Published::new(&row, &stream, stream_sequence));
-            }
+            Some((stream, stream_sequence)) => already_published.push(Published {
+                seq: row.seq,
+                stream,
+                stream_sequence,
+            }),
             None => to_send.push(row),
         }
     }

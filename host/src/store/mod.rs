@@ -232,24 +232,18 @@ impl Store {
         Ok(done)
     }
 
-    /// Records that exactly these outputs are on their streams. The hand-overs in `finished` have
-    /// no other output left.
-    pub async fn mark_published(&self, published: &[Published], finished: &[i64]) -> Result<()> {
+    /// Records that exactly these outputs are on their streams.
+    pub async fn mark_published(&self, published: &[Published]) -> Result<()> {
         let mut db = self.write_async().await?;
-        outputs::mark_published(&mut db, published, finished).await?;
+        outputs::mark_published(&mut db, published).await?;
         db.commit().await
     }
 
     /// Releases leased outputs that were not published. Rows that are published by now, or were
-    /// leased by another host since, do not change. The hand-overs in `finished` have no other
-    /// output left.
-    pub async fn release_outputs(
-        &self,
-        rows: &[(i64, Unpublished)],
-        finished: &[i64],
-    ) -> Result<()> {
+    /// leased by another host since, do not change.
+    pub async fn release_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()> {
         let mut db = self.write().await?;
-        outputs::release(&mut db, rows, finished).await?;
+        outputs::release(&mut db, rows).await?;
         db.commit().await
     }
 

@@ -39,7 +39,6 @@ pub(super) async fn append_for(
 pub(super) async fn lease(db: &mut Db, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
     let (leased, not_leased) = match db.session()? {
         Session::Postgres(session) => {
-            postgres::outbox::take_over_handovers(session).await?;
             postgres::outbox::unblock(session).await?;
             postgres::outbox::lease(session, limit, lease).await?
         }
@@ -48,35 +47,25 @@ pub(super) async fn lease(db: &mut Db, limit: u32, lease: Duration) -> Result<Ve
             sqlite::outbox::lease(session, limit, lease).await?
         }
     };
-    release(db, &not_leased, &[]).await?;
+    release(db, &not_leased).await?;
     Ok(leased)
 }
 
-/// Records that exactly these outputs are on their streams; see [`super::Store::mark_published`].
-pub(super) async fn mark_published(
-    db: &mut Db,
-    published: &[Published],
-    finished: &[i64],
-) -> Result<()> {
+/// Records that exactly these outputs are on their streams.
+pub(super) async fn mark_published(db: &mut Db, published: &[Published]) -> Result<()> {
     match db.session()? {
-        Session::Postgres(session) => {
-            postgres::outbox::mark_published(session, published, finished).await
-        }
+        Session::Postgres(session) => postgres::outbox::mark_published(session, published).await,
         Session::Sqlite(session) => sqlite::outbox::mark_published(session, published).await,
     }
 }
 
 /// Releases leased outputs; see [`super::Store::release_outputs`].
-pub(super) async fn release(
-    db: &mut Db,
-    rows: &[(i64, Unpublished)],
-    finished: &[i64],
-) -> Result<()> {
+pub(super) async fn release(db: &mut Db, rows: &[(i64, Unpublished)]) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
     }
     match db.session()? {
-        Session::Postgres(session) => postgres::outbox::release(session, rows, finished).await,
+        Session::Postgres(session) => postgres::outbox::release(session, rows).await,
         Session::Sqlite(session) => sqlite::outbox::release(session, rows).await,
     }
 }
@@ -91,8 +80,8 @@ macro_rules! postgres_summaries {
                      coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence, blocked_by,
                      null::timestamptz as dropped_at, null as note,
                      case
-                         when via <> 'poll' then case when seq not in (select seq from oncely.unrecorded()) then 'published'
-                             when via = 'wal' then 'in-wal' else 'leased' end
+                         when via = 'wal' then case when seq in (select seq from oncely.wal_backlog()) then 'in-wal'
+                             else 'published' end
                          when outbox.published_at is not null then 'published'
                          when parked_at is not null then 'parked'
                          when blocked_by is not null then 'blocked'
@@ -100,7 +89,7 @@ macro_rules! postgres_summaries {
                          when leased_until > pg_catalog.now() then 'leased'
                          else 'due'
                      end as state
-                 from oncely.outbox left join lateral oncely.find_relay_record(seq) as recorded on via <> 'poll'
+                 from oncely.outbox left join lateral oncely.find_relay_record(seq) as recorded on via = 'wal'
                  union all
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
                      parked_at, headers, body, null, null, null, dropped_at, note, 'dropped'
@@ -247,7 +236,7 @@ pub(super) async fn lag(db: &mut Db) -> Result<Vec<OutboxLag>> {
              from oncely.outbox left join oncely.outbox as before on before.seq = outbox.blocked_by
              where outbox.published_at is null and outbox.via = 'poll'
              union all
-             select worker, due_at, false, false from oncely.unrecorded()
+             select worker, due_at, false, false from oncely.wal_backlog()
          )
          select worker, pg_catalog.count(*) filter (where due_at <= pg_catalog.now()) as unpublished,
              (extract(epoch from pg_catalog.now() - pg_catalog.min(due_at) filter (

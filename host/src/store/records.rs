@@ -68,8 +68,6 @@ pub struct OutboxRow {
     pub body: Bytes,
     /// Outputs of one worker with the same key are published in the order of their commits.
     pub ordering_key: Option<String>,
-    /// The hand-over that it belongs to; none for a row that is leased by itself.
-    pub handover: Option<i64>,
     /// For a row handed over from memory: the unpublished rows of its key that were written before
     /// it. The row may be sent only after them.
     pub blocked_by: Vec<i64>,
@@ -151,20 +149,6 @@ pub struct Published {
     pub stream: String,
     /// The sequence on that stream.
     pub stream_sequence: u64,
-    /// The hand-over that the row was committed with, see [`OutboxRow::handover`].
-    pub handover: Option<i64>,
-}
-
-impl Published {
-    /// The place of a row that was committed or leased.
-    pub fn new(row: &OutboxRow, stream: &str, stream_sequence: u64) -> Self {
-        Published {
-            seq: row.seq,
-            stream: stream.to_owned(),
-            stream_sequence,
-            handover: row.handover,
-        }
-    }
 }
 
 /// One failed attempt. It is counted outside the transaction that it failed in.

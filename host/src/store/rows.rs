@@ -382,7 +382,6 @@ pub(super) fn leased_outputs<R: Columns>(
 fn leased(row: &impl Columns) -> Result<OutboxRow> {
     read("a leased output", || {
         Ok(OutboxRow {
-            handover: None,
             seq: row.get("seq")?,
             id: row.get("id")?,
             worker: row.get("worker")?,

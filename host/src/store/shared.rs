@@ -345,7 +345,6 @@ pub(super) fn appended_row(
     output: &Output,
     first_attempt_at: Timestamp,
     blocked_by: Vec<i64>,
-    handover: Option<i64>,
 ) -> OutboxRow {
     OutboxRow {
         seq,
@@ -355,7 +354,6 @@ pub(super) fn appended_row(
         headers: output.headers.clone(),
         body: output.body.clone(),
         ordering_key: output.ordering_key.clone(),
-        handover,
         blocked_by,
         first_attempt_at,
         failures: 0,

@@ -370,7 +370,7 @@ async fn empty_calls_succeed(world: World) {
             .is_empty()
     );
     assert!(world.dead_letter(&[]).await.unwrap().1.is_empty());
-    world.store.mark_published(&[], &[]).await.unwrap();
-    world.store.release_outputs(&[], &[]).await.unwrap();
+    world.store.mark_published(&[]).await.unwrap();
+    world.store.release_outputs(&[]).await.unwrap();
     world.store.ping().await.unwrap();
 }

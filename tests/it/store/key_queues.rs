@@ -50,8 +50,12 @@ async fn append_one(world: &World, event_id: &str, key: &str, lease: Duration) -
 }
 
 async fn publish(world: &World, row: &OutboxRow) {
-    let place = Published::new(row, "OUT", row.seq.unsigned_abs());
-    world.store.mark_published(&[place], &[]).await.unwrap();
+    let place = Published {
+        seq: row.seq,
+        stream: "OUT".to_owned(),
+        stream_sequence: row.seq.unsigned_abs(),
+    };
+    world.store.mark_published(&[place]).await.unwrap();
 }
 
 /// The events of the outputs that a poll leases now.
@@ -71,7 +75,7 @@ async fn park(world: &World, row: &OutboxRow) {
     };
     world
         .store
-        .release_outputs(&[(row.seq, how)], &[])
+        .release_outputs(&[(row.seq, how)])
         .await
         .unwrap();
 }
@@ -155,15 +159,11 @@ async fn a_poll_leases_a_key_up_to_the_first_unavailable_output(world: World) {
     assert_eq!(c.waiting, 1);
     world
         .store
-        .mark_published(
-            &[Published {
-                seq: c.number,
-                stream: "OUT".to_owned(),
-                stream_sequence: 1,
-                handover: None,
-            }],
-            &[],
-        )
+        .mark_published(&[Published {
+            seq: c.number,
+            stream: "OUT".to_owned(),
+            stream_sequence: 1,
+        }])
         .await
         .unwrap();
 
@@ -187,7 +187,7 @@ async fn outputs_after_a_failed_one_wait_until_it_is_published(world: World) {
     };
     world
         .store
-        .release_outputs(&[(first.seq, failed)], &[])
+        .release_outputs(&[(first.seq, failed)])
         .await
         .unwrap();
     assert!(
@@ -220,7 +220,7 @@ async fn an_output_blocked_by_another_waits_for_it(world: World) {
     let second = append_one(&world, "b", "k", LEASE).await;
     world
         .store
-        .release_outputs(&[(second.seq, Unpublished::BlockedBy(first.seq))], &[])
+        .release_outputs(&[(second.seq, Unpublished::BlockedBy(first.seq))])
         .await
         .unwrap();
     assert!(
@@ -235,7 +235,7 @@ async fn an_output_blocked_by_another_waits_for_it(world: World) {
     // Unblocking an output that is already published changes nothing.
     world
         .store
-        .release_outputs(&[(first.seq, Unpublished::BlockedBy(second.seq))], &[])
+        .release_outputs(&[(first.seq, Unpublished::BlockedBy(second.seq))])
         .await
         .unwrap();
     assert_eq!(
@@ -408,9 +408,13 @@ async fn concurrent_polls_keep_the_order_of_every_key(world: World) {
                 loop {
                     let rows = store.lease_outputs(7, LEASE).await.unwrap();
                     for row in rows {
-                        let place = Published::new(&row, "OUT", 1);
+                        let place = Published {
+                            seq: row.seq,
+                            stream: "OUT".to_owned(),
+                            stream_sequence: 1,
+                        };
                         sender.send(row).unwrap();
-                        store.mark_published(&[place], &[]).await.unwrap();
+                        store.mark_published(&[place]).await.unwrap();
                     }
                     if store.outbox_lag().await.unwrap().is_empty() {
                         return;
@@ -439,8 +443,12 @@ async fn outputs_lost_by_a_stream_are_unpublished_again(world: World) {
     for (at, event) in ["a", "b", "c", "d"].into_iter().enumerate() {
         let row = append_one(&world, event, "k", LEASE).await;
         let stream = if event == "b" { "ELSEWHERE" } else { "OUT" };
-        let place = Published::new(&row, stream, 10 + at as u64);
-        world.store.mark_published(&[place], &[]).await.unwrap();
+        let place = Published {
+            seq: row.seq,
+            stream: stream.to_owned(),
+            stream_sequence: 10 + at as u64,
+        };
+        world.store.mark_published(&[place]).await.unwrap();
         rows.push(row);
     }
     let last = world.store.last_published(LEASE).await.unwrap();
@@ -520,10 +528,14 @@ async fn a_deep_queue_is_drained_in_order_and_in_time(world: World) {
                 .unwrap()
                 .is_empty()
         );
-        let place = |row: &OutboxRow| Published::new(row, "OUT", 1);
+        let place = |row: &OutboxRow| Published {
+            seq: row.seq,
+            stream: "OUT".to_owned(),
+            stream_sequence: 1,
+        };
         world
             .store
-            .mark_published(&rows.iter().map(place).collect::<Vec<_>>(), &[])
+            .mark_published(&rows.iter().map(place).collect::<Vec<_>>())
             .await
             .unwrap();
         published.extend(rows.into_iter().map(|row| row.seq));

@@ -7,7 +7,7 @@ use oncely::model::message::Headers;
 use oncely::model::verdict::Reason;
 use oncely::store::{
     Attribution, Claim, Claimed, DeadLetterFilter, FailedAttempt, OutboxRow, Published, Redrive,
-    RetentionPolicy, StoreError, Unpublished,
+    RetentionPolicy, StoreError,
 };
 
 use super::{LEASE, TIME, WORKER, World, claim, new_claim, new_dead_letter, new_output};
@@ -18,7 +18,6 @@ on_every_database!(
     a_rotation_waits_briefly_for_claims_in_flight,
     events_settled_in_an_earlier_partition_stay_settled,
     unpublished_outputs_outlast_their_partition,
-    a_partition_stays_until_each_output_is_recorded,
     a_dead_letter_can_be_redriven_after_the_retention,
     an_emptied_partition_frees_its_disk_space,
     the_archive_contains_exactly_the_deleted_rows,
@@ -90,7 +89,7 @@ async fn expired_rows_are_deleted_and_dead_letters_stay(world: World) {
         .unwrap();
     let outputs = [
         new_output("e1", 0, Duration::ZERO),
-        new_output("e1", 1, LEASE),
+        new_output("e1", 1, Duration::ZERO),
     ];
     let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
     tx.commit().await.unwrap();
@@ -98,10 +97,14 @@ async fn expired_rows_are_deleted_and_dead_letters_stay(world: World) {
         .dead_letter(&[new_dead_letter("dead", b"", Reason::Rejected)])
         .await
         .unwrap();
-    let place = |row: &OutboxRow| Published::new(row, "PAYMENTS", 1);
+    let place = |seq| Published {
+        seq,
+        stream: "PAYMENTS".to_owned(),
+        stream_sequence: 1,
+    };
     world
         .store
-        .mark_published(&[place(&rows[0]), place(&notices[0])], &[])
+        .mark_published(&[place(rows[0].seq), place(notices[0].seq)])
         .await
         .unwrap();
 
@@ -287,32 +290,6 @@ async fn events_settled_in_an_earlier_partition_stay_settled(world: World) {
     assert_eq!(world.store.totals().await.unwrap()[0].done, 1);
 }
 
-async fn a_partition_stays_until_each_output_is_recorded(world: World) {
-    let mut tx = world.begin().await;
-    tx.claim(&[new_claim("e1", 1)]).await.unwrap();
-    let outputs: Vec<_> = (0..2)
-        .map(|ordinal| new_output("e1", ordinal, Duration::ZERO))
-        .collect();
-    let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
-    tx.commit().await.unwrap();
-    let place = |row: &OutboxRow| Published::new(row, "PAYMENTS", 1);
-    let record = async |row: &OutboxRow| {
-        world
-            .store
-            .mark_published(&[place(row)], &[])
-            .await
-            .unwrap();
-    };
-    record(&rows[0]).await;
-    retire_everything(&world).await;
-    let left = world.store.totals().await.unwrap()[0].outputs;
-    assert_eq!(left, if world.is_postgres() { 2 } else { 1 });
-    record(&rows[1]).await;
-    retire_everything(&world).await;
-    let left = world.store.totals().await.unwrap();
-    assert_eq!(left.iter().map(|totals| totals.outputs).sum::<u64>(), 0);
-}
-
 async fn unpublished_outputs_outlast_their_partition(world: World) {
     let mut tx = world.begin().await;
     tx.claim(&[new_claim("e1", 1)]).await.unwrap();
@@ -324,10 +301,14 @@ async fn unpublished_outputs_outlast_their_partition(world: World) {
         .await
         .unwrap();
     tx.commit().await.unwrap();
-    let place = |row: &OutboxRow| Published::new(row, "PAYMENTS", 1);
+    let place = |seq| Published {
+        seq,
+        stream: "PAYMENTS".to_owned(),
+        stream_sequence: 1,
+    };
     world
         .store
-        .mark_published(&[place(&rows[0]), place(&rows[1])], &[])
+        .mark_published(&[place(rows[0].seq), place(rows[1].seq)])
         .await
         .unwrap();
 
@@ -349,10 +330,7 @@ async fn unpublished_outputs_outlast_their_partition(world: World) {
         );
     }
 
-    // The partition is dropped, the unpublished outputs are kept. The poller took them over.
-    let short = Duration::from_millis(1);
-    assert_eq!(world.store.lease_outputs(10, short).await.unwrap().len(), 2);
-    tokio::time::sleep(10 * short).await;
+    // The partition is dropped, the unpublished outputs are kept.
     retire_everything(&world).await;
     assert_eq!(world.store.totals().await.unwrap()[0].outputs, 2);
     let leased = world.store.lease_outputs(10, LEASE).await.unwrap();
@@ -362,7 +340,7 @@ async fn unpublished_outputs_outlast_their_partition(world: World) {
     assert_eq!(leased[0].headers[..expected.len()], expected);
     world
         .store
-        .mark_published(&[place(&leased[0]), place(&leased[1])], &[])
+        .mark_published(&[place(leased[0].seq), place(leased[1].seq)])
         .await
         .unwrap();
 
@@ -440,22 +418,20 @@ async fn rows_in_every_table(world: &World) {
     claim(&mut tx, "e1", 1).await;
     let outputs = [
         new_output("e1", 0, Duration::ZERO),
-        new_output("e1", 1, LEASE),
+        new_output("e1", 1, Duration::ZERO),
     ];
     let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
     tx.commit().await.unwrap();
-    let (_, notices) = world
+    world
         .dead_letter(&[new_dead_letter("dead", b"", Reason::Rejected)])
         .await
         .unwrap();
-    let place = Published::new(&rows[0], "PAYMENTS", 41);
-    world.store.mark_published(&[place], &[]).await.unwrap();
-    let later = Unpublished::Later {
-        after: LEASE,
-        error: None,
+    let place = Published {
+        seq: rows[0].seq,
+        stream: "PAYMENTS".to_owned(),
+        stream_sequence: 41,
     };
-    let notice = [(notices[0].seq, later)];
-    world.store.release_outputs(&notice, &[]).await.unwrap();
+    world.store.mark_published(&[place]).await.unwrap();
 }
 
 async fn the_archive_contains_exactly_the_deleted_rows(world: World) {

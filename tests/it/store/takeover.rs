@@ -24,7 +24,6 @@ async fn another(world: &World) -> Store {
     }
 }
 
-/// Appends two outputs that are due. Returns their rows as the poller leases them.
 async fn append(world: &World) -> Vec<OutboxRow> {
     let mut tx = world.begin().await;
     tx.claim(&[new_claim("e1", 1)]).await.unwrap();
@@ -35,11 +34,7 @@ async fn append(world: &World) -> Vec<OutboxRow> {
         .collect();
     let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
     tx.commit().await.unwrap();
-    let polled = |row| OutboxRow {
-        handover: None,
-        ..row
-    };
-    rows.into_iter().map(polled).collect()
+    rows
 }
 
 /// Renews the lease of a host until it takes over from another one.
@@ -78,7 +73,7 @@ async fn leases_of_a_dead_host_are_released(world: World) {
         };
         world
             .store
-            .release_outputs(&[(rows[0].seq, back.clone())], &[])
+            .release_outputs(&[(rows[0].seq, back.clone())])
             .await
             .unwrap();
         assert!(
@@ -89,10 +84,7 @@ async fn leases_of_a_dead_host_are_released(world: World) {
                 .unwrap()
                 .is_empty()
         );
-        other
-            .release_outputs(&[(rows[0].seq, back)], &[])
-            .await
-            .unwrap();
+        other.release_outputs(&[(rows[0].seq, back)]).await.unwrap();
         assert_eq!(
             world.store.lease_outputs(100, LEASE).await.unwrap(),
             rows[..1]

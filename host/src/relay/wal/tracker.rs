@@ -248,7 +248,6 @@ mod tests {
         WalOutcome::Published(Published {
             seq,
             stream: "S".to_owned(),
-            handover: None,
             stream_sequence: seq as u64,
         })
     }

@@ -166,12 +166,8 @@ async fn remove_instance(connection: &mut PgConnection, id: i64) -> Result<Optio
          ), released as (
              update oncely.outbox set leased_until = now(), leased_by = null
              from leased where outbox.seq = leased.seq returning outbox.seq
-         ), handed_over as (
-             update oncely.handover set leased_until = now()
-             where leased_by in (select id from gone) returning cardinality(seqs) as outputs
          )
-         select (select count(*) from gone),
-             (select count(*) from released) + (select coalesce(sum(outputs), 0)::bigint from handed_over)"
+         select (select count(*) from gone), (select count(*) from released)"
     ));
     let row = raw_sql(AssertSqlSafe(forget))
         .fetch_one(connection)

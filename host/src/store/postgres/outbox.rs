@@ -13,9 +13,8 @@ use crate::store::shared::{self, ReleaseColumns};
 use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished, rows};
 
 /// Appends outputs, each with its worker, in order. Outputs that are due at once are leased to this
-/// host and returned; those without an ordering key share a hand-over. Delayed ones are not leased
-/// and become due later. Times are read at the write, because the transaction may have begun long
-/// before.
+/// host and returned. Delayed ones are not leased and become due later. Times are read at the
+/// write, because the transaction may have begun long before.
 pub(in crate::store) async fn append(
     session: &mut Session,
     outputs: &[(&str, &Output)],
@@ -39,7 +38,6 @@ pub(in crate::store) async fn append(
                 output,
                 first_attempt_at,
                 row.blocked_by,
-                row.handover,
             ));
         }
     }
@@ -52,7 +50,6 @@ struct Appended {
     /// `None` if the row is left to the poller.
     first_attempt_at: Option<Timestamp>,
     blocked_by: Vec<i64>,
-    handover: Option<i64>,
 }
 
 /// Inserts outputs and returns their rows in order.
@@ -119,7 +116,6 @@ async fn insert(
             seq: row.try_get(0)?,
             first_attempt_at: first_attempt_at.map(shared::timestamp).transpose()?,
             blocked_by: blocked_by.unwrap_or_default(),
-            handover: row.try_get(3)?,
         })
     };
     let rows: anyhow::Result<Vec<_>> = rows.iter().map(read).collect();
@@ -186,14 +182,6 @@ pub(in crate::store) async fn lease(
     rows::leased_outputs(&rows)
 }
 
-/// Makes outputs due whose hand-over has an expired lease.
-pub(in crate::store) async fn take_over_handovers(session: &mut Session) -> Result<()> {
-    let query = session.query("select oncely.take_over_handovers()");
-    let taken_over = query.execute(session.connection()).await;
-    taken_over.doing("take over outputs of other hosts")?;
-    Ok(())
-}
-
 /// Makes outputs due whose blocking output is published or dropped.
 pub(in crate::store) async fn unblock(session: &mut Session) -> Result<()> {
     let query = session.query(
@@ -213,21 +201,26 @@ pub(in crate::store) async fn unblock(session: &mut Session) -> Result<()> {
     Ok(())
 }
 
-/// Records the places of published outputs. The hand-overs in `finished` have no other output left.
+/// Records the places of published outputs.
 ///
 /// # Errors
 /// `Unavailable` if one of them is not in the outbox.
 pub(in crate::store) async fn mark_published(
     session: &mut Session,
     published: &[Published],
-    finished: &[i64],
 ) -> Result<()> {
     let sequences: Vec<i64> = published
         .iter()
         .map(|place| shared::signed(place.stream_sequence))
         .collect::<Result<_>>()?;
-    let query = session.query("select oncely.record_published($1, $2, $3, $4, $5)");
-    let row = query
+    let query = session.query(
+        "update oncely.outbox
+         set published_at = coalesce(published_at, pg_catalog.now()), stream = given.stream,
+             stream_sequence = given.stream_sequence, blocked_by = null, parked_at = null
+         from unnest($1::bigint[], $2::text[], $3::bigint[]) as given (seq, stream, stream_sequence)
+         where outbox.seq = given.seq",
+    );
+    let result = query
         .bind(published.iter().map(|place| place.seq).collect::<Vec<_>>())
         .bind(
             published
@@ -236,27 +229,16 @@ pub(in crate::store) async fn mark_published(
                 .collect::<Vec<_>>(),
         )
         .bind(sequences)
-        .bind(
-            published
-                .iter()
-                .map(|place| place.handover)
-                .collect::<Vec<_>>(),
-        )
-        .bind(finished)
-        .fetch_one(session.connection())
+        .execute(session.connection())
         .await
-        .and_then(|row| row.try_get(0));
-    let recorded: i64 = row.doing("record published outputs")?;
-    shared::check_all_recorded(recorded.cast_unsigned(), published.len())
+        .doing("record published outputs")?;
+    shared::check_all_recorded(result.rows_affected(), published.len())
 }
 
-/// Releases leases that this host still has: another host may have taken over meanwhile. Outputs
-/// that were handed over are left to the poller. The hand-overs in `finished` have no other output
-/// left.
+/// Releases leases that this host still has: another host may have taken over meanwhile.
 pub(in crate::store) async fn release(
     session: &mut Session,
     rows: &[(i64, Unpublished)],
-    finished: &[i64],
 ) -> Result<()> {
     let ids = session.output_ids();
     let rows: Vec<_> = rows
@@ -265,15 +247,14 @@ pub(in crate::store) async fn release(
         .collect();
     let query = session.query(
         "update oncely.outbox
-         set via = 'poll', leased_until = coalesce(pg_catalog.now() + given.after * interval '1 microsecond', 'infinity'),
+         set leased_until = coalesce(pg_catalog.now() + given.after * interval '1 microsecond', 'infinity'),
              leased_by = null, failures = failures + given.failed::int, blocked_by = given.blocked_by,
              parked_at = case when given.parked then pg_catalog.now() end,
              last_error = coalesce(given.error, last_error),
              id = coalesce(given.next, id), ids_taken = ids_taken + (given.next is not null)::int
          from unnest($1::bigint[], $2::bigint[], $3::bool[], $4::bigint[], $5::bool[], $6::text[], $7::text[], $8::text[])
              as given (seq, after, failed, blocked_by, parked, error, taken, next)
-         where outbox.seq = given.seq and published_at is null and via <> 'wal'
-             and coalesce(outbox.id = given.taken, true)
+         where outbox.seq = given.seq and published_at is null and coalesce(outbox.id = given.taken, true)
              and (leased_by is null
                  or leased_by = nullif(pg_catalog.current_setting('oncely.instance', true), '')::bigint)",
     );
@@ -297,11 +278,6 @@ pub(in crate::store) async fn release(
         .execute(session.connection())
         .await
         .doing("release outputs")?;
-    if !finished.is_empty() {
-        let query = session.query("delete from oncely.handover where number = any($1)");
-        let deleted = query.bind(finished).execute(session.connection()).await;
-        deleted.doing("release outputs")?;
-    }
     Ok(())
 }
 
@@ -320,5 +296,5 @@ pub(in crate::store) async fn move_to_polling(
         .execute(session.connection())
         .await
         .doing("move outputs from the WAL to polling")?;
-    release(session, rows, &[]).await
+    release(session, rows).await
 }

@@ -188,12 +188,12 @@ async fn truncate_oldest(
         return Ok(false);
     };
     let (name, current) = (table.name(), rotation.part);
-    let unexpired = unexpired(table, *part, keep);
+    let unexpired = unexpired(table, keep);
 
-    // An outbox partition stays while it has many unpublished rows, or outputs without a record.
+    // An outbox partition stays while it has many unpublished rows, or unpublished WAL outputs.
     if table == PartitionedTable::Outbox
         && (has_more_than(session, *part, &unexpired, retention.limit).await?
-            || has_unrecorded_outputs(session, *part).await?)
+            || has_wal_outputs(session, *part).await?)
     {
         return Ok(false);
     }
@@ -205,10 +205,13 @@ async fn truncate_oldest(
     if let (Some(folder), PartitionedTable::Inbox | PartitionedTable::Outbox) =
         (&retention.archive, table)
     {
-        let leaving = match table {
-            PartitionedTable::Outbox => expired_outputs(*part, &unexpired),
-            _ => format!("select * from oncely.{name}_{part} as {name} where not ({unexpired})"),
+        let rows = if table == PartitionedTable::Outbox && has_wal_records(session).await? {
+            WITH_WAL_RECORDS
+        } else {
+            "*"
         };
+        let leaving =
+            format!("select {rows} from oncely.{name}_{part} as {name} where not ({unexpired})");
         archive(
             session,
             &leaving,
@@ -225,11 +228,7 @@ async fn truncate_oldest(
         )
         .await?;
     if table == PartitionedTable::Outbox {
-        // A transaction may have written one until now.
-        if has_unrecorded_outputs(session, *part).await? {
-            return Ok(false);
-        }
-        settle_recorded_outputs(session, *part, current, keep).await?;
+        settle_wal_outputs(session, *part, current, &unexpired).await?;
     }
 
     // Move the unexpired rows, then truncate.
@@ -243,7 +242,7 @@ async fn truncate_oldest(
 }
 
 /// The condition for unexpired rows of an earlier partition.
-fn unexpired(table: PartitionedTable, part: i16, keep: Duration) -> String {
+fn unexpired(table: PartitionedTable, keep: Duration) -> String {
     match table {
         // A dead event stays settled while its dead letter can be redriven.
         PartitionedTable::Inbox => "inbox.state = 'dead' and exists (
@@ -251,48 +250,15 @@ fn unexpired(table: PartitionedTable, part: i16, keep: Duration) -> String {
                  and dead_letter.event_id = inbox.event_id and dead_letter.state in ('open', 'redriven'))"
             .to_owned(),
         PartitionedTable::Request => "expires_at > pg_catalog.now()".to_owned(),
-        PartitionedTable::Outbox => format!(
-            "case when via = 'poll' then outbox.published_at is null or outbox.published_at > {}
-             else outbox.seq in (select unnest(seqs) from oncely.relay_record as record where {}) end",
-            since(keep),
-            recent_records(part, keep)
-        ),
+        PartitionedTable::Outbox => {
+            let kept_since = format!("pg_catalog.now() - {} * interval '1 microsecond'", shared::micros(keep));
+            format!(
+                "case when via = 'poll' then outbox.published_at is null or outbox.published_at > {kept_since}
+                 else outbox.seq in (select unnest(seqs) from oncely.relay_record where relay_record.published_at > {kept_since})
+                 end"
+            )
+        }
     }
-}
-
-/// The condition for the unexpired relay records of an earlier partition of the outbox. There are
-/// few: it was closed long ago.
-fn recent_records(part: i16, keep: Duration) -> String {
-    format!(
-        "record.published_at > {}
-             and record.first_seq <= (select pg_catalog.max(seq) from oncely.outbox_{part})",
-        since(keep)
-    )
-}
-
-/// The time since which rows are kept.
-fn since(keep: Duration) -> String {
-    let micros = shared::micros(keep);
-    format!("pg_catalog.now() - {micros} * interval '1 microsecond'")
-}
-
-/// The expired outputs of a partition, each with its place on its stream. The join reads all
-/// records of the partition once.
-fn expired_outputs(part: i16, unexpired: &str) -> String {
-    format!(
-        "select outbox.seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key, created_at, due_at,
-             first_attempt_at, failures, last_error, ids_taken,
-             coalesce(outbox.published_at, recorded.published_at) as published_at,
-             coalesce(outbox.stream, recorded.stream) as stream,
-             coalesce(outbox.stream_sequence, recorded.sequence) as stream_sequence
-         from oncely.outbox_{part} as outbox left join (
-             select distinct on (one.seq) one.seq, one.sequence, record.stream, record.published_at
-             from oncely.relay_record as record cross join unnest(record.seqs, record.sequences) as one (seq, sequence)
-             where record.last_seq >= (select pg_catalog.min(seq) from oncely.outbox_{part})
-                 and record.first_seq <= (select pg_catalog.max(seq) from oncely.outbox_{part})
-         ) as recorded on recorded.seq = outbox.seq and outbox.via <> 'poll'
-         where not ({unexpired})"
-    )
 }
 
 /// Writes rows to an archive. Published or settled rows of this age no longer change.
@@ -338,11 +304,10 @@ async fn has_more_than(
     Ok(count > i64::from(limit))
 }
 
-/// Whether an outbox partition has outputs that are published without a row to update, and are not
-/// known to be published.
-async fn has_unrecorded_outputs(session: &mut Session, part: i16) -> Result<bool> {
+/// Whether an outbox partition has unpublished WAL outputs.
+async fn has_wal_outputs(session: &mut Session, part: i16) -> Result<bool> {
     let query = session.query(
-        "select exists (select from oncely.unrecorded() as unpublished where exists (
+        "select exists (select from oncely.wal_backlog() as unpublished where exists (
              select from oncely.outbox where outbox.seq = unpublished.seq and outbox.partition = $1))",
     );
     let row = query
@@ -350,35 +315,49 @@ async fn has_unrecorded_outputs(session: &mut Session, part: i16) -> Result<bool
         .fetch_one(session.connection())
         .await
         .and_then(|row| row.try_get(0));
-    row.doing("find outputs without a relay record")
+    row.doing("find unpublished outputs in the WAL")
 }
 
-/// Moves outputs with a recent relay record to the current partition. They become polled rows: as
-/// WAL rows they would be written to the WAL a second time.
-async fn settle_recorded_outputs(
+/// Moves outputs that were recently published from the WAL to the current partition. They become
+/// polled rows: as WAL rows they would be written to the WAL a second time.
+async fn settle_wal_outputs(
     session: &mut Session,
     part: i16,
     current: i16,
-    keep: Duration,
+    unexpired: &str,
 ) -> Result<()> {
-    let recent = recent_records(part, keep);
     let settled = format!(
         "update oncely.outbox
          set partition = {current}, via = 'poll', published_at = recorded.published_at, stream = recorded.stream,
              stream_sequence = recorded.sequence
          from (select one.seq as recorded_seq, record.stream, one.sequence, record.published_at
                from oncely.relay_record as record
-                   cross join unnest(record.seqs, record.sequences) as one (seq, sequence)
-               where {recent}) as recorded
-         where partition = {part} and via <> 'poll' and seq = recorded_seq"
+                   cross join unnest(record.seqs, record.sequences) as one (seq, sequence)) as recorded
+         where partition = {part} and via = 'wal' and seq = recorded_seq and {unexpired}"
     );
-    session.run(settled, "move recorded outputs").await
+    session
+        .run(settled, "move published outputs of the WAL")
+        .await
 }
 
-/// Deletes at most `limit` relay records of outputs that are deleted. Records stay while a
-/// hand-over may contain their outputs: without them, all its outputs would be taken over. Returns
-/// whether there may be more.
-pub(super) async fn delete_relay_records(
+/// The archived columns once outputs were published from the WAL: with place and time of
+/// publication.
+const WITH_WAL_RECORDS: &str =
+    "outbox.*, (select pg_catalog.to_json(recorded) from oncely.find_relay_record(outbox.seq) as recorded
+    where outbox.via = 'wal') as relay_record";
+
+async fn has_wal_records(session: &mut Session) -> Result<bool> {
+    let query = session.query("select exists (select from oncely.relay_record)");
+    let row = query
+        .fetch_one(session.connection())
+        .await
+        .and_then(|row| row.try_get(0));
+    row.doing("find relay records")
+}
+
+/// Deletes at most `limit` records of outputs that were published from the WAL and are deleted.
+/// Returns whether there may be more.
+pub(super) async fn delete_wal_records(
     session: &mut Session,
     keep: Duration,
     limit: u32,
@@ -388,7 +367,6 @@ pub(super) async fn delete_relay_records(
              select number from oncely.relay_record
              where published_at < pg_catalog.now() - $1 * interval '1 microsecond'
                  and last_seq <= (select published_seq from oncely.relay_position)
-                 and last_seq < (select coalesce(min(seqs[1]), 9223372036854775807) from oncely.handover)
              order by published_at limit $2 for update skip locked)",
     );
     let result = query

@@ -61,7 +61,6 @@ pub(in crate::store) async fn append(
                 &sealed,
                 first_attempt_at,
                 queue.blocked_by,
-                None,
             ));
         }
     }

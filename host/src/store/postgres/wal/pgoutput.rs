@@ -93,7 +93,6 @@ fn row(columns: &[String], message: &mut Bytes) -> Result<OutboxRow> {
     };
     let first_attempt_at = number(&value("first_attempt_at")?)?.saturating_add(EPOCH_MICROS);
     Ok(OutboxRow {
-        handover: None,
         seq: number(&value("seq")?)?,
         id: string(&value("id")?)?,
         worker: string(&value("worker")?)?,

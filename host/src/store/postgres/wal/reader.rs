@@ -75,10 +75,8 @@ impl Reader {
                     .context("decode the WAL")
                     .map_err(StoreError::Unavailable)?;
                 let transaction = self.transaction;
-                row.filter(|_| !self.is_old).map(|row| WalEvent::Output {
-                    row: Box::new(row),
-                    transaction,
-                })
+                row.filter(|_| !self.is_old)
+                    .map(|row| WalEvent::Output { row, transaction })
             }
             ReplicationEvent::Commit {
                 end_lsn,
@@ -223,14 +221,13 @@ async fn record_published(
         .map(|place| shared::signed(place.stream_sequence))
         .collect::<Result<_>>()?;
     let query = session.query(
-        "insert into oncely.relay_record (stream, seqs, sequences, first_seq, last_seq, last_sequence)
-         values ($1, $2, $3, $4, $5, $6)",
+        "insert into oncely.relay_record (stream, seqs, sequences, last_seq, last_sequence)
+         values ($1, $2, $3, $4, $5)",
     );
     query
         .bind(stream)
         .bind(places.iter().map(|place| place.seq).collect::<Vec<_>>())
         .bind(&sequences)
-        .bind(places.iter().map(|place| place.seq).min())
         .bind(places.iter().map(|place| place.seq).max())
         .bind(sequences.iter().max().copied())
         .execute(session.connection())
