@@ -21,6 +21,19 @@ pub fn seconds() -> BTreeMap<String, f64> {
     seconds
 }
 
+/// Microseconds per message since `before`, by program; programs with less than one are left out.
+pub fn micros_since(before: &BTreeMap<String, f64>, messages: usize) -> BTreeMap<String, f64> {
+    let spent = |(program, after): (String, f64)| {
+        let spent = after - before.get(&program).copied().unwrap_or_default();
+        (program, spent * 1e6 / messages as f64)
+    };
+    seconds()
+        .into_iter()
+        .map(spent)
+        .filter(|(_, micros)| *micros >= 1.0)
+        .collect()
+}
+
 /// The user-space tick rate of Linux, independent of the kernel's clock.
 const TICKS_PER_SECOND: f64 = 100.0;
 

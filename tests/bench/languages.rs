@@ -15,6 +15,7 @@ use async_nats::jetstream;
 use futures::StreamExt;
 use serde_json::{Value, json};
 use support::database::{Database, Kind};
+use support::eventually::eventually_within;
 use support::nats::NewMessage;
 use support::postgres::Cluster;
 use support::production::RunningHost;
@@ -289,28 +290,20 @@ async fn handle(
         );
     }
     let memory_mib = peak_memory_mib(host.pid())?;
-    let cpu_after = cpu::seconds();
+    let cpu_micros = cpu::micros_since(&cpu_before, language.messages);
     host.stop()?;
 
-    // Rate and CPU time
+    // Rate
     let first = stream.get_raw_message(published + 1).await?.time;
     let last = stream.get_raw_message(all).await?.time;
-    let spent = |(program, after): (&String, &f64)| {
-        let spent = after - cpu_before.get(program).copied().unwrap_or_default();
-        (program.clone(), spent * 1e6 / language.messages as f64)
-    };
     Ok(Throughput {
         rate: language.messages as f64 / (last - first).as_seconds_f64(),
-        cpu_micros: cpu_after
-            .iter()
-            .map(spent)
-            .filter(|(_, micros)| *micros >= 1.0)
-            .collect(),
+        cpu_micros,
         memory_mib,
     })
 }
 
-/// Changes the manifest of a project to deploy what is built, with one isolation.
+/// Changes the manifest of a project to deploy the built component, with one isolation.
 fn rewrite(folder: &Path, isolation: &str) -> Result<()> {
     let path = folder.join("oncely.toml");
     let text = fs::read_to_string(&path).context("read the manifest")?;
@@ -360,18 +353,13 @@ async fn until(
     limit: Duration,
     is_said: impl Fn(&str) -> bool,
 ) -> Result<()> {
-    let end = Instant::now() + limit;
-    loop {
+    let found = eventually_within(limit, format!("the log says `{what}`"), || {
         let said = fs::read_to_string(log).unwrap_or_default();
-        if is_said(&said) {
-            return Ok(());
-        }
-        ensure!(
-            Instant::now() < end,
-            "the log does not say `{what}`:\n{said}"
-        );
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+        let found = is_said(&said).then_some(());
+        async move { Ok(found) }
+    });
+    let said = || fs::read_to_string(log).unwrap_or_default();
+    found.await.with_context(said)
 }
 
 fn peak_memory_mib(pid: u32) -> Result<f64> {

@@ -91,27 +91,19 @@ pub async fn measure(
         .await
         .with_context(|| format!("outputs; host log:\n{}", world.host_log()))?;
     wait_for(&dlq, poison).await.context("dead letters")?;
-    let cpu_after = cpu::seconds();
+    let cpu_micros = cpu::micros_since(&cpu_before, messages);
     if let Some(by_hand) = by_hand {
         by_hand.stop();
     }
 
-    // Rate and CPU time
+    // Rate
     let mut times = stored_times(&out).await?;
     times.extend(stored_times_if_any(&dlq).await?);
     let first = times.iter().min().context("find the first output")?;
     let last = times.iter().max().context("find the last output")?;
-    let spent = |(program, after): (&String, &f64)| {
-        let spent = after - cpu_before.get(program).copied().unwrap_or_default();
-        (program.clone(), spent * 1e6 / messages as f64)
-    };
     Ok(Measured {
         rate: messages as f64 / (*last - *first).as_seconds_f64(),
-        cpu_micros: cpu_after
-            .iter()
-            .map(spent)
-            .filter(|(_, micros)| *micros >= 1.0)
-            .collect(),
+        cpu_micros,
     })
 }
 

@@ -52,37 +52,22 @@ pub fn manifest(settings: &str) -> Result<String> {
 /// One worker `test` with these routes, whose behaviour is determined by each request, with outputs
 /// on the stream OUT. `time` is its limit.
 pub fn http_manifest(time: &str, routes: &str) -> Result<String> {
-    let migrations = guests::repository().join("tests/guests/migrations");
-    Ok(format!(
-        r#"
-[[stream]]
-name = "OUT"
-subjects = ["out.>"]
-
-[[worker]]
-name = "test"
-component = "{}"
-migrations = "{}"
-outputs = ["out.>"]
-
-[worker.limits]
-time = "{time}"
-{routes}
-"#,
-        guests::http_component()?.display(),
-        migrations.display()
-    ))
+    let settings = format!("[worker.limits]\ntime = \"{time}\"\n{routes}");
+    Ok(worker_of(&guests::http_component()?, "", &settings))
 }
 
 /// Like [`manifest`], for another component.
 pub fn manifest_of(component: &Path, settings: &str) -> String {
+    let input = "[[stream]]\nname = \"IN\"\nsubjects = [\"in.>\"]\n";
+    let worker = worker_of(component, "stream = \"IN\"\n", settings);
+    format!("\n{input}{worker}")
+}
+
+/// The stream OUT, and the worker `test` that may send to it.
+fn worker_of(component: &Path, input: &str, settings: &str) -> String {
     let migrations = guests::repository().join("tests/guests/migrations");
     format!(
         r#"
-[[stream]]
-name = "IN"
-subjects = ["in.>"]
-
 [[stream]]
 name = "OUT"
 subjects = ["out.>"]
@@ -91,8 +76,7 @@ subjects = ["out.>"]
 name = "test"
 component = "{}"
 migrations = "{}"
-stream = "IN"
-outputs = ["out.>"]
+{input}outputs = ["out.>"]
 {settings}
 "#,
         component.display(),

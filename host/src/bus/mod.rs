@@ -186,8 +186,8 @@ impl Bus {
     }
 }
 
-/// How long JetStream may lack a leader when a host starts.
-const LEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long JetStream, or a stream, may lack a leader when a host starts.
+pub const LEADER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Waits until the cluster has elected a JetStream leader; a server without JetStream reports an
 /// error at once.

@@ -12,7 +12,7 @@ use super::supervisor::supervise;
 use super::{Host, Retention, consistency, health_checks, lease};
 use crate::alarms::WebhookClient;
 use crate::alarms::{monitor, webhook};
-use crate::bus::Bus;
+use crate::bus::{Bus, LEADER_TIMEOUT};
 use crate::cache::{Cache, feed};
 use crate::config::CacheSettings;
 use crate::drain::{Stopping, TaskGroup};
@@ -192,9 +192,6 @@ impl Default for HostTasks {
         }
     }
 }
-
-/// How long the stream of invalidations may lack a leader when a host starts.
-const LEADER_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl HostTasks {
     /// Takes the host's lease in the database and renews it until the host ends.
