@@ -236,7 +236,7 @@ fn functions_of_an_earlier_compilation_are_used_again() -> Result<()> {
     std::fs::write(&path, &functions)?;
     let (next, same) = compile()?;
     assert!(same == code);
-    // The compiler does not recognise each function again. Without any, the file had twice its size.
+    // The compiler does not recognise each function again. Without any, the file would double.
     assert!(
         next.len() < functions.len() * 9 / 5,
         "{} of {}",
