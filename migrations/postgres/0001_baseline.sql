@@ -991,68 +991,83 @@ begin
     return written;
 end $$;
 
--- Locks an idempotency key for this transaction and returns the stored response, if there is one.
--- If another transaction holds the lock: returns `in_flight`, and whether the fingerprint differs.
--- A second lock, on the fingerprint, shows that.
-create function oncely_definer.claim_request(
-    token bytea, worker text, route text, caller text, key text, fingerprint bytea
+-- Locks idempotency keys for this transaction. Returns those that are not free, by their position
+-- from 1: with the stored response, or, if another transaction holds the lock, with `in_flight` and
+-- whether the fingerprint differs. A second lock, on the fingerprint, shows that.
+create function oncely_definer.claim_requests(
+    token bytea, worker text, routes text[], callers text[], keys text[], fingerprints bytea[]
 ) returns table (
-    in_flight boolean, fingerprint_differs boolean, status integer, headers text, body bytea
+    place integer, in_flight boolean, fingerprint_differs boolean, status integer, headers text,
+    body bytea
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
-    lock_name constant text := concat_ws(e'\x1f', $2, $3, $4, $5);
-    fingerprint_hash constant integer := hashtext(encode($6, 'hex'));
+    given record;
+    lock_name text;
+    fingerprint_hash integer;
     partitions record;
 begin
     perform oncely.check_token($1);
     partitions := oncely.request_partitions();
-    if not pg_try_advisory_xact_lock(hashtextextended(lock_name, 0)) then
+    for given in
+        select route, caller, key, fingerprint, place::integer as place
+        from unnest($3, $4, $5, $6) with ordinality as given (route, caller, key, fingerprint, place)
+    loop
+        lock_name := concat_ws(e'\x1f', $2, given.route, given.caller, given.key);
+        fingerprint_hash := hashtext(encode(given.fingerprint, 'hex'));
+        if not pg_try_advisory_xact_lock(hashtextextended(lock_name, 0)) then
+            return query
+            select given.place, true, exists (
+                select from pg_locks
+                where locktype = 'advisory' and objsubid = 2 and granted
+                    and database = (select oid from pg_database where datname = current_database())
+                    and classid = (hashtext(lock_name)::bigint & 4294967295)::oid
+                    and objid <> (fingerprint_hash::bigint & 4294967295)::oid),
+                null::integer, null::text, null::bytea;
+            continue;
+        end if;
+        perform pg_advisory_xact_lock_shared(hashtext(lock_name), fingerprint_hash);
         return query
-        select true, exists (
-            select from pg_locks
-            where locktype = 'advisory' and objsubid = 2 and granted
-                and database = (select oid from pg_database where datname = current_database())
-                and classid = (hashtext(lock_name)::bigint & 4294967295)::oid
-                and objid <> (fingerprint_hash::bigint & 4294967295)::oid),
-            null::integer, null::text, null::bytea;
-        return;
-    end if;
-    perform pg_advisory_xact_lock_shared(hashtext(lock_name), fingerprint_hash);
-    return query
-    select false, fingerprint <> $6, status, headers, body from oncely.request
-    where worker = $2 and route = $3 and caller = $4 and key = $5
-        and partition = any (partitions.earlier || partitions.current)
-        and expires_at > clock_timestamp();
+        select given.place, false, fingerprint <> given.fingerprint, status, headers, body
+        from oncely.request
+        where worker = $2 and route = given.route and caller = given.caller and key = given.key
+            and partition = any (partitions.earlier || partitions.current)
+            and expires_at > clock_timestamp();
+    end loop;
 end $$;
 
--- Stores the response to a request, to be kept for a number of microseconds. Replaces an expired
--- response. Returns false on a conflict with one that is not expired.
-create function oncely_definer.store_response(
-    token bytea, worker text, route text, caller text, key text, fingerprint bytea,
-    status integer, headers text, body bytea, keep bigint
-) returns boolean
+-- Stores the responses to requests, each to be kept for a number of microseconds. Replaces expired
+-- responses. Returns how many were stored: all but those in conflict with one that is not expired.
+create function oncely_definer.store_responses(
+    token bytea, worker text, routes text[], callers text[], keys text[], fingerprints bytea[],
+    statuses integer[], headers text[], bodies bytea[], keep bigint[]
+) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
     now constant timestamptz := clock_timestamp();
     partitions record;
+    stored bigint;
 begin
     perform oncely.check_token($1);
     partitions := oncely.request_partitions();
     insert into oncely.request as held (worker, route, caller, key, fingerprint, status, headers,
         body, answered_at, expires_at, partition)
-    values ($2, $3, $4, $5, $6, $7, $8, $9,
-        now, now + $10 * interval '1 microsecond', partitions.current)
+    select $2, given.route, given.caller, given.key, given.fingerprint, given.status,
+        given.headers, given.body, now, now + given.keep * interval '1 microsecond',
+        partitions.current
+    from unnest($3, $4, $5, $6, $7, $8, $9, $10)
+        as given (route, caller, key, fingerprint, status, headers, body, keep)
     on conflict (worker, route, caller, key, partition) do update
         set fingerprint = excluded.fingerprint, status = excluded.status,
             headers = excluded.headers, body = excluded.body,
             answered_at = excluded.answered_at, expires_at = excluded.expires_at
         where held.expires_at <= now;
-    return found;
+    get diagnostics stored = row_count;
+    return stored;
 end $$;
 
 -- Appends outputs in their order, and leases to the calling host those that it may publish itself:

@@ -20,6 +20,7 @@ use tokio::net::TcpStream;
 mod cached;
 mod callers;
 mod crashes;
+mod groups;
 mod heads;
 mod keys;
 mod refused;

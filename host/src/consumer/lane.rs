@@ -7,11 +7,11 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 
 use super::WorkerCounters;
-use super::batch_size::AdaptiveBatchSize;
-use super::concurrency_limit::ConcurrencyLimit;
 use super::in_flight::InFlightGuard;
 use super::queue::{Queue, Sequenced};
 use crate::bus::Receipt;
+use crate::delivery::batch_size::{AdaptiveBatchSize, BATCH_TIME};
+use crate::delivery::concurrency_limit::ConcurrencyLimit;
 use crate::delivery::{BatchResult, Delivery};
 use crate::drain::Stopping;
 use crate::fault;
@@ -68,7 +68,8 @@ impl Lane {
     /// out. Messages that still wait for their next attempt are returned to the broker.
     pub async fn run(self, mut pending_messages: mpsc::Receiver<PendingMessage>) {
         let mut queue = Queue::new();
-        let mut batch_size = AdaptiveBatchSize::new(self.delivery.worker.batch as usize);
+        let mut batch_size =
+            AdaptiveBatchSize::new(self.delivery.worker.batch as usize, BATCH_TIME);
         loop {
             while let Ok(pending_message) = pending_messages.try_recv() {
                 queue.push(pending_message);

@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use crate::bus::{Bus, DeliveredMessage, Probe, PullConsumer, Subscription, UnhandledMessages};
 use crate::config::manifest::{OnFailure, Worker};
 use crate::delivery::Delivery;
+use crate::delivery::concurrency_limit::ConcurrencyLimit;
 use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::metrics::Metrics;
@@ -21,15 +22,12 @@ use crate::model::verdict::Verdict;
 use crate::relay::RelayHandle;
 use crate::store::Store;
 
-mod batch_size;
-mod concurrency_limit;
 mod in_flight;
 mod lane;
 mod queue;
 mod redelivery;
 mod redrive;
 
-use concurrency_limit::ConcurrencyLimit;
 use in_flight::InFlightMessages;
 pub use lane::VERDICT_LOG;
 use lane::{Lane, PendingMessage, nack_all};

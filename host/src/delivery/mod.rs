@@ -27,10 +27,13 @@ use crate::store::{Claim, OutboxRow, Store, StoreError, Tx, is_busy};
 
 mod attempts;
 mod batch;
+pub mod batch_size;
+pub mod concurrency_limit;
 mod connection_breaks;
 mod dry_run;
 mod item;
 pub mod request;
+pub mod request_group;
 mod schema;
 mod shared_tx;
 

@@ -1,7 +1,6 @@
 //! The transaction of a batch, shared by its guests.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context as _;
 use async_trait::async_trait;
@@ -11,9 +10,9 @@ use tokio::sync::Mutex;
 use crate::fault;
 use crate::guest::Database;
 use crate::model::keyed_state::StateSlot;
-use crate::model::request::{HttpResponse, RequestKey};
+use crate::model::request::RequestKey;
 use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-use crate::store::{ClaimedRequest, StoreError, Tx};
+use crate::store::{ClaimedRequest, KeptResponse, StoreError, Tx};
 
 /// A transaction that the guests of a batch share. Cheap to clone.
 #[derive(Clone)]
@@ -92,26 +91,27 @@ impl SharedTx {
         Ok(self.slot.lock().await.tx()?.end_read_only().await?)
     }
 
-    /// Claims the key of a request, see [`Tx::claim_request`].
+    /// Claims the key of a request, see [`Tx::claim_requests`].
     ///
     /// # Errors
     /// The database failed.
     pub(crate) async fn claim_request(&self, key: &RequestKey) -> anyhow::Result<ClaimedRequest> {
-        Ok(self.slot.lock().await.tx()?.claim_request(key).await?)
+        let claimed = self.slot.lock().await.tx()?.claim_requests(&[key]).await?;
+        Ok(claimed.into_iter().next().unwrap_or(ClaimedRequest::Fresh))
     }
 
-    /// Stores the response to a claimed key, see [`Tx::store_response`].
+    /// Stores the response to a claimed key, see [`Tx::store_responses`].
     ///
     /// # Errors
     /// The database failed.
-    pub(crate) async fn store_response(
-        &self,
-        key: &RequestKey,
-        response: &HttpResponse,
-        keep: Duration,
-    ) -> anyhow::Result<()> {
-        let mut slot = self.slot.lock().await;
-        Ok(slot.tx()?.store_response(key, response, keep).await?)
+    pub(crate) async fn store_response(&self, kept: KeptResponse<'_>) -> anyhow::Result<()> {
+        Ok(self
+            .slot
+            .lock()
+            .await
+            .tx()?
+            .store_responses(&[kept])
+            .await?)
     }
 
     /// Rolls back all statements since [`SharedTx::begin_item`]. Waits for a statement that

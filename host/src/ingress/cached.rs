@@ -88,7 +88,7 @@ impl Ingress {
         let load = move || async move {
             let response = match ingress.read(&target, parts, Body::empty()).await {
                 Ok(incoming) => ingress
-                    .handle_request(&target, &incoming)
+                    .handle_request(&target, &Arc::new(incoming))
                     .await
                     .map(|(response, _)| response),
                 Err(problem) => Err(problem),

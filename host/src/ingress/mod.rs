@@ -15,13 +15,12 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::request::Parts;
 use axum::response::Response;
-use tokio::sync::{RwLock, Semaphore};
+use tokio::sync::RwLock;
 use tracing::Instrument;
 
 use crate::bus::Bus;
 use crate::cache::Cache;
 use crate::config::manifest::{CachePolicy, Route, StoreFailures};
-use crate::delivery::Delivery;
 use crate::delivery::request::{IncomingRequest, RequestOutcome};
 use crate::http_server::BodyMemory;
 use crate::metrics::Metrics;
@@ -31,6 +30,7 @@ use crate::store::{Store, StoreError};
 
 mod cached;
 mod head;
+mod http_worker;
 mod incoming;
 mod key;
 mod problem;
@@ -41,6 +41,7 @@ mod route_table;
 mod single_flight;
 mod test_requests;
 
+pub use http_worker::HttpWorker;
 use incoming::ReadRules;
 use problem::Problem;
 pub use problem_code::ProblemCode;
@@ -52,46 +53,11 @@ pub use route_table::{RouteTable, check_routes};
 use single_flight::{SingleFlight, SingleFlightEntry};
 pub use test_requests::{AdmittedRequest, TestRequests};
 
-/// How long a request waits for one of its worker's concurrency permits.
-const CAPACITY_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// How long a request is retried while its outcome is unclear or the database is unavailable.
 const UNCLEAR_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How often the claim of another host on a key is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(40);
-
-/// A running version of an HTTP worker.
-pub struct HttpWorker {
-    pub delivery: Delivery,
-    pub digest: String,
-    /// One permit per concurrent request.
-    permits: Semaphore,
-}
-
-impl HttpWorker {
-    pub fn new(delivery: Delivery, digest: String) -> Self {
-        let permits = Semaphore::new(delivery.worker.concurrency as usize);
-        HttpWorker {
-            delivery,
-            digest,
-            permits,
-        }
-    }
-
-    /// How many requests are being handled.
-    pub fn in_flight(&self) -> usize {
-        (self.delivery.worker.concurrency as usize).saturating_sub(self.permits.available_permits())
-    }
-
-    /// Waits for the requests in flight. Later requests go to another version.
-    pub async fn drain(&self) {
-        let _ = self
-            .permits
-            .acquire_many(self.delivery.worker.concurrency)
-            .await;
-    }
-}
 
 /// Answers HTTP requests in this host.
 pub struct Ingress {
@@ -204,7 +170,7 @@ impl Ingress {
     async fn handle_request(
         &self,
         target: &Target,
-        incoming: &IncomingRequest,
+        incoming: &Arc<IncomingRequest>,
     ) -> Result<(HttpResponse, bool), Problem> {
         let wait = match target {
             Target::Worker(found) => found.route.wait,
@@ -225,13 +191,8 @@ impl Ingress {
             None => None,
         };
 
-        // One of the worker's concurrency permits.
-        let _permit = match target {
-            Target::Worker(found) => {
-                let permit =
-                    tokio::time::timeout(CAPACITY_TIMEOUT, found.worker.permits.acquire()).await;
-                Some(permit.map_err(|_| Problem::busy())?)
-            }
+        let _in_flight = match target {
+            Target::Worker(found) => Some(found.worker.enter()),
             Target::Publish(_) => None,
         };
         self.handle_until_settled(target, incoming, wait).await
@@ -241,14 +202,15 @@ impl Ingress {
     async fn handle_until_settled(
         &self,
         target: &Target,
-        incoming: &IncomingRequest,
+        incoming: &Arc<IncomingRequest>,
         wait: Duration,
     ) -> Result<(HttpResponse, bool), Problem> {
         let began = Instant::now();
         loop {
             let handled = match target {
                 Target::Worker(found) => {
-                    let handled = found.worker.delivery.handle(incoming).await;
+                    let handled = found.worker.handle(incoming).await;
+                    let handled = handled.ok_or_else(Problem::busy)?;
                     found.worker.delivery.report_health(&handled);
                     handled
                 }
@@ -436,7 +398,7 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
     // Any other route.
     let memory = parts.extensions.get::<BodyMemory>().cloned();
     let incoming = match ingress.read(&target, parts, body).await {
-        Ok(incoming) => incoming,
+        Ok(incoming) => Arc::new(incoming),
         Err(problem) => {
             ingress.metrics.request(
                 target.key_owner(),

@@ -20,7 +20,7 @@ use crate::metrics::Metrics;
 use crate::model::message::{self, Headers, Output, OutputKind};
 use crate::model::request::HttpResponse;
 use crate::model::subject;
-use crate::store::{Store, StoreError, Tx};
+use crate::store::{KeptResponse, Store, StoreError, Tx};
 
 /// The prefix of the paths.
 pub(super) const PATH: &str = "/publish/";
@@ -206,7 +206,12 @@ impl Publisher {
                 .into(),
         };
         if let Some((key, keep)) = &incoming.key {
-            tx.store_response(key, &response, *keep).await?;
+            let kept = KeptResponse {
+                request: key,
+                response: &response,
+                keep: *keep,
+            };
+            tx.store_responses(&[kept]).await?;
         }
         Ok(RequestOutcome::Responded {
             response,

@@ -44,7 +44,7 @@ pub struct StateWrite {
 }
 
 /// The state of one worker as the items of one batch see it, in order.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct BatchState {
     /// Slots that the transaction read, absent keys included.
     read: HashMap<String, StateSlot>,

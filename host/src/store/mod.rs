@@ -70,7 +70,7 @@ pub use records::{
     RetentionPolicy, STATE_PREVIEW, StateRecord, StoredRecording, StoredReport, Unpublished,
     WorkerTotals,
 };
-pub use requests::ClaimedRequest;
+pub use requests::{ClaimedRequest, KeptResponse};
 pub use sqlite::SqliteStore;
 pub use tx::Tx;
 pub use wal::{

@@ -13,10 +13,10 @@ use super::postgres::changes::CountsByTable;
 use super::shared::Savepoint;
 use super::sqlite::changes::ChangeTracker;
 use super::{
-    Changes, Claim, Claimed, ClaimedRequest, OutboxRow, Output, Result, StateSlot, StateWrite,
-    StoreError, outputs, postgres, shared, sqlite,
+    Changes, Claim, Claimed, ClaimedRequest, KeptResponse, OutboxRow, Output, Result, StateSlot,
+    StateWrite, StoreError, outputs, postgres, shared, sqlite,
 };
-use crate::model::request::{HttpResponse, RequestKey};
+use crate::model::request::RequestKey;
 use crate::model::sql::{Rows, SqlError, SqlLimits, Value};
 use crate::model::verdict::Settled;
 
@@ -175,47 +175,46 @@ impl Tx {
         self.record_failure(released)
     }
 
-    /// Claims an idempotency key for this transaction, or returns the stored response. Does not
-    /// wait for another transaction that has the key.
-    pub async fn claim_request(&mut self, request: &RequestKey) -> Result<ClaimedRequest> {
+    /// Claims idempotency keys for this transaction, or returns their stored responses, in the
+    /// order of `requests`. Does not wait for another transaction that has one of them.
+    pub async fn claim_requests(
+        &mut self,
+        requests: &[&RequestKey],
+    ) -> Result<Vec<ClaimedRequest>> {
         self.check()?;
         let claimed = match &mut self.database {
             Database::Postgres(tx) => {
-                postgres::requests::claim(&mut tx.session, &self.worker, request).await
+                postgres::requests::claim(&mut tx.session, &self.worker, requests).await
             }
             Database::Sqlite(tx) => {
-                sqlite::requests::claim(&mut tx.session, &self.worker, request).await
+                sqlite::requests::claim(&mut tx.session, &self.worker, requests).await
             }
         };
         self.record_failure(claimed)
     }
 
-    /// Stores the response to a key that this transaction claimed, for at least `keep`.
-    pub async fn store_response(
-        &mut self,
-        request: &RequestKey,
-        response: &HttpResponse,
-        keep: Duration,
-    ) -> Result<()> {
+    /// Stores responses to keys that this transaction claimed.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if another transaction answered one of the keys.
+    pub async fn store_responses(&mut self, responses: &[KeptResponse<'_>]) -> Result<()> {
         self.check()?;
         let worker = &self.worker;
-        let kept = match &mut self.database {
+        let stored = match &mut self.database {
             Database::Postgres(tx) => {
-                let session = &mut tx.session;
-                postgres::requests::store_response(session, worker, request, response, keep).await
+                postgres::requests::store_responses(&mut tx.session, worker, responses).await
             }
             Database::Sqlite(tx) => {
-                let session = &mut tx.session;
-                sqlite::requests::store_response(session, worker, request, response, keep).await
+                sqlite::requests::store_responses(&mut tx.session, worker, responses).await
             }
         };
-        let kept = kept.and_then(|is_kept| match is_kept {
+        let stored = stored.and_then(|all_stored| match all_stored {
             true => Ok(()),
             false => Err(StoreError::Conflict(anyhow!(
-                "the idempotency key was answered by another transaction"
+                "an idempotency key was answered by another transaction"
             ))),
         });
-        self.record_guest_values(kept)
+        self.record_guest_values(stored)
     }
 
     /// The current state of each key, missing keys included.

@@ -12,7 +12,7 @@ use crate::guest::{CallFailure, FailureKind};
 use crate::ingress::{AdmittedRequest, TestRequests};
 use crate::model::failure_code::FailureCode;
 use crate::model::request::{HttpRequest, HttpResponse};
-use crate::store::ClaimedRequest;
+use crate::store::{ClaimedRequest, KeptResponse};
 
 impl Runner {
     /// Answers one request: again after a fault, and until it has a response.
@@ -71,7 +71,12 @@ impl Runner {
             }
         };
         if let (Some((key, window)), Some(stored)) = (&admitted.incoming.key, stored) {
-            shared_tx.store_response(key, &stored, *window).await?;
+            let kept = KeptResponse {
+                request: key,
+                response: &stored,
+                keep: *window,
+            };
+            shared_tx.store_response(kept).await?;
         }
         progress.results.push(response_text(response, false).await?);
         Ok(())

@@ -5,10 +5,12 @@
 //!
 //! Steps of `do`:
 //! - `effect`: two rows in `effect` that sum to zero.
+//! - `account`: adds one to the balance of the account of the event's name.
 //! - `state`: counts in the key `count`.
 //! - `send`: one output.
 //! - `violate`: a failed statement, ignored.
 //! - `swallow`: the same, but with a success as the answer.
+//! - `promise`: a row that the commit refuses.
 //! - `trap`, `spin`: as named.
 //! - `slow`: runs in the database for `ms`.
 //! - `huge`: a body of `ms` MiB.
@@ -77,6 +79,12 @@ fn run_step(step: &str, wanted: &Wanted, nonce: &str, body: &mut Vec<u8>) -> Res
                 params![wanted.event.clone(), nonce.to_owned()],
             )?;
         }
+        "account" => {
+            sql::execute(
+                "update balance set amount = amount + 1 where account = $1",
+                params![wanted.event.clone()],
+            )?;
+        }
         "state" => {
             let count = state::get_json::<u64>("count")?.unwrap_or(0) + 1;
             state::set_json("count", &count)?;
@@ -89,6 +97,12 @@ fn run_step(step: &str, wanted: &Wanted, nonce: &str, body: &mut Vec<u8>) -> Res
         }
         "violate" | "swallow" => {
             let _ = sql::execute("insert into once (id) values ('a'), ('a')", params![]);
+        }
+        "promise" => {
+            sql::execute(
+                "insert into promise (id, kept_by) values ($1, 'nobody')",
+                params![wanted.event.clone()],
+            )?;
         }
         "trap" => panic!("requested panic"),
         "spin" => loop {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use oncely::model::request::{HttpResponse, RequestKey};
-use oncely::store::{ClaimedRequest, RetentionPolicy};
+use oncely::store::{ClaimedRequest, KeptResponse, RetentionPolicy, StoreError, Tx};
 
 use super::{TIME, WORKER, World};
 
@@ -13,6 +13,7 @@ on_every_database!(
     a_rolled_back_request_leaves_its_key_fresh,
     a_key_is_free_after_its_window,
     concurrent_claims_never_both_get_the_key,
+    several_keys_are_claimed_and_answered_together,
     keys_are_kept_across_partition_rotations,
     a_read_only_transaction_cannot_write,
 );
@@ -41,17 +42,37 @@ fn response(body: &'static [u8]) -> HttpResponse {
     }
 }
 
+async fn claim_in(tx: &mut Tx, key: &RequestKey) -> ClaimedRequest {
+    let claimed = tx.claim_requests(&[key]).await.unwrap();
+    claimed.into_iter().next().unwrap()
+}
+
 async fn claim(world: &World, key: &RequestKey) -> ClaimedRequest {
     let mut tx = world.begin().await;
-    let claimed = tx.claim_request(key).await.unwrap();
+    let claimed = claim_in(&mut tx, key).await;
     tx.rollback().await;
     claimed
 }
 
+async fn store_in(
+    tx: &mut Tx,
+    request: &RequestKey,
+    body: &'static [u8],
+    keep: Duration,
+) -> Result<(), StoreError> {
+    let response = &response(body);
+    let kept = KeptResponse {
+        request,
+        response,
+        keep,
+    };
+    tx.store_responses(&[kept]).await
+}
+
 async fn settle(world: &World, key: &RequestKey, body: &'static [u8], keep: Duration) {
     let mut tx = world.begin().await;
-    assert_eq!(tx.claim_request(key).await.unwrap(), ClaimedRequest::Fresh);
-    tx.store_response(key, &response(body), keep).await.unwrap();
+    assert_eq!(claim_in(&mut tx, key).await, ClaimedRequest::Fresh);
+    store_in(&mut tx, key, body, keep).await.unwrap();
     tx.commit().await.unwrap();
 }
 
@@ -80,10 +101,7 @@ async fn a_stored_response_is_returned_again(world: World) {
         );
     }
     let mut tx = world.store.begin("another-worker", TIME).await.unwrap();
-    assert_eq!(
-        tx.claim_request(&key("a", 1)).await.unwrap(),
-        ClaimedRequest::Fresh
-    );
+    assert_eq!(claim_in(&mut tx, &key("a", 1)).await, ClaimedRequest::Fresh);
     tx.rollback().await;
 }
 
@@ -97,13 +115,8 @@ async fn a_key_belongs_to_one_request(world: World) {
 
 async fn a_rolled_back_request_leaves_its_key_fresh(world: World) {
     let mut tx = world.begin().await;
-    assert_eq!(
-        tx.claim_request(&key("a", 1)).await.unwrap(),
-        ClaimedRequest::Fresh
-    );
-    tx.store_response(&key("a", 1), &response(b""), HOUR)
-        .await
-        .unwrap();
+    assert_eq!(claim_in(&mut tx, &key("a", 1)).await, ClaimedRequest::Fresh);
+    store_in(&mut tx, &key("a", 1), b"", HOUR).await.unwrap();
     tx.rollback().await;
     assert_eq!(claim(&world, &key("a", 2)).await, ClaimedRequest::Fresh);
 }
@@ -125,7 +138,7 @@ async fn concurrent_claims_never_both_get_the_key(world: World) {
     }
     let mut first = world.begin().await;
     assert_eq!(
-        first.claim_request(&key("a", 1)).await.unwrap(),
+        claim_in(&mut first, &key("a", 1)).await,
         ClaimedRequest::Fresh
     );
     assert_eq!(claim(&world, &key("a", 1)).await, ClaimedRequest::InFlight);
@@ -134,16 +147,59 @@ async fn concurrent_claims_never_both_get_the_key(world: World) {
         ClaimedRequest::OtherRequest
     );
     assert_eq!(claim(&world, &key("b", 1)).await, ClaimedRequest::Fresh);
-    first
-        .store_response(&key("a", 1), &response(b""), HOUR)
-        .await
-        .unwrap();
+    store_in(&mut first, &key("a", 1), b"", HOUR).await.unwrap();
     assert_eq!(claim(&world, &key("a", 1)).await, ClaimedRequest::InFlight);
     first.commit().await.unwrap();
     assert_eq!(
         claim(&world, &key("a", 1)).await,
         ClaimedRequest::Answered(response(b""))
     );
+}
+
+fn kept<'a>(request: &'a RequestKey, response: &'a HttpResponse) -> KeptResponse<'a> {
+    KeptResponse {
+        request,
+        response,
+        keep: HOUR,
+    }
+}
+
+async fn several_keys_are_claimed_and_answered_together(world: World) {
+    settle(&world, &key("answered", 1), b"before", HOUR).await;
+    let keys = [
+        key("a", 1),
+        key("answered", 1),
+        key("b", 2),
+        key("answered", 3),
+    ];
+    let mut tx = world.begin().await;
+    let claimed = tx.claim_requests(&keys.each_ref()).await.unwrap();
+    let expected = [
+        ClaimedRequest::Fresh,
+        ClaimedRequest::Answered(response(b"before")),
+        ClaimedRequest::Fresh,
+        ClaimedRequest::OtherRequest,
+    ];
+    assert_eq!(claimed, expected);
+    let [a, _, b, _] = &keys;
+    let (first, second) = (response(b"a"), response(b"b"));
+    let responses = [kept(a, &first), kept(b, &second)];
+    tx.store_responses(&responses).await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(claim(&world, a).await, ClaimedRequest::Answered(first));
+    assert_eq!(claim(&world, b).await, ClaimedRequest::Answered(second));
+
+    // None of several responses is stored beside an answered one.
+    let mut tx = world.begin().await;
+    let (free, response) = (key("c", 1), response(b"c"));
+    let responses = [kept(&free, &response), kept(a, &response)];
+    let refused = tx.store_responses(&responses).await;
+    assert!(
+        matches!(refused, Err(StoreError::Conflict(_))),
+        "{refused:?}"
+    );
+    assert!(tx.commit().await.is_err());
+    assert_eq!(claim(&world, &free).await, ClaimedRequest::Fresh);
 }
 
 async fn keys_are_kept_across_partition_rotations(world: World) {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use oncely::model::keyed_state::StateWrite;
 use oncely::model::request::{HttpResponse, RequestKey};
 use oncely::model::sql::{SqlError, Value};
-use oncely::store::{Claimed, PostgresStore, StoreError};
+use oncely::store::{Claimed, KeptResponse, PostgresStore, StoreError};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
 
 use super::privileges::{database_with_role, world_on};
@@ -366,15 +366,18 @@ async fn a_value_refused_by_platform_tables_is_a_guest_failure(world: World) {
     };
     for status in [199, 600, 999] {
         let mut tx = world.begin().await;
-        tx.claim_request(&request).await.unwrap();
+        tx.claim_requests(&[&request]).await.unwrap();
         let response = HttpResponse {
             status,
             headers: Vec::new(),
             body: bytes::Bytes::new(),
         };
-        let kept = tx
-            .store_response(&request, &response, Duration::from_secs(60))
-            .await;
+        let kept = KeptResponse {
+            request: &request,
+            response: &response,
+            keep: Duration::from_secs(60),
+        };
+        let kept = tx.store_responses(&[kept]).await;
         assert!(
             matches!(kept, Err(StoreError::Refused(_))),
             "{status}: {kept:?}"

@@ -281,7 +281,6 @@ fn worker_stream(
         "on_failure",
         "state_keys",
         "isolation",
-        "batch",
         "ack_wait",
         "retry",
     ];

@@ -1,19 +1,29 @@
 //! Idempotency keys of requests: one row per answered request. There is one writer, so none is ever
 //! in flight here.
 
-use std::time::Duration;
-
 use jiff::Timestamp;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
 use super::session::Session;
-use crate::model::request::{HttpResponse, RequestKey};
+use crate::model::request::RequestKey;
 use crate::store::error::Doing as _;
-use crate::store::{ClaimedRequest, Result, shared};
+use crate::store::{ClaimedRequest, KeptResponse, Result, shared};
 
-/// The stored response to a key, if any.
+/// The stored response to each key, if any.
 pub(in crate::store) async fn claim(
+    session: &mut Session,
+    worker: &str,
+    requests: &[&RequestKey],
+) -> Result<Vec<ClaimedRequest>> {
+    let mut claimed = Vec::with_capacity(requests.len());
+    for request in requests {
+        claimed.push(claim_one(session, worker, request).await?);
+    }
+    Ok(claimed)
+}
+
+async fn claim_one(
     session: &mut Session,
     worker: &str,
     request: &RequestKey,
@@ -49,16 +59,32 @@ pub(in crate::store) async fn claim(
     shared::stored_response(status, &headers, body).map(ClaimedRequest::Answered)
 }
 
-/// Stores the response to a key. Returns false if another transaction answered it.
-pub(in crate::store) async fn store_response(
+/// Stores responses. Returns false if another transaction answered one of the keys.
+pub(in crate::store) async fn store_responses(
     session: &mut Session,
     worker: &str,
-    request: &RequestKey,
-    response: &HttpResponse,
-    keep: Duration,
+    responses: &[KeptResponse<'_>],
 ) -> Result<bool> {
+    for kept in responses {
+        if !store_response(session, worker, kept).await? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+async fn store_response(
+    session: &mut Session,
+    worker: &str,
+    kept: &KeptResponse<'_>,
+) -> Result<bool> {
+    let KeptResponse {
+        request,
+        response,
+        keep,
+    } = *kept;
     let now = Timestamp::now().as_microsecond();
-    let kept = sqlx::query(
+    let written = sqlx::query(
         "insert into oncely_request (worker, route, caller, key, fingerprint, status, headers, body, answered_at, expires_at)
          values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
          on conflict (worker, route, caller, key) do update
@@ -79,5 +105,5 @@ pub(in crate::store) async fn store_response(
     .execute(session.connection().doing("store a response")?)
     .await
     .doing("store a response")?;
-    Ok(kept.rows_affected() == 1)
+    Ok(written.rows_affected() == 1)
 }

@@ -20,3 +20,9 @@ create table balance (
     account text    constraint balance_pk primary key,
     amount  integer not null
 ) strict;
+
+-- For violations that only the commit finds.
+create table promise (
+    id      text constraint promise_pk primary key,
+    kept_by text not null constraint promise_kept references once (id) deferrable initially deferred
+) strict;

@@ -1,4 +1,5 @@
-//! Adaptive batch size: the number of messages of a transaction, and whether they get savepoints.
+//! Adaptive batch size: the number of messages or requests of a transaction, and whether they get
+//! savepoints.
 
 use std::time::Duration;
 
@@ -7,9 +8,12 @@ use crate::delivery::Savepoints;
 /// Number of batches with savepoints after a batch with items that failed after they ran SQL.
 const SAVEPOINT_BATCHES: u32 = 16;
 
-/// Target duration of a transaction. Longer ones would hold their locks for long and delay their
-/// first message until the last one is done. Shorter ones would not make commits cheaper.
-const TRANSACTION_TIME: Duration = Duration::from_millis(500);
+/// Target duration of a batch of messages. Longer ones would hold their locks for long and delay
+/// their first message until the last one is done. Shorter ones would not make commits cheaper.
+pub const BATCH_TIME: Duration = Duration::from_millis(500);
+
+/// Target duration of the handlers of grouped requests, whose callers wait.
+pub const REQUESTS_TIME: Duration = Duration::from_millis(10);
 
 /// A batch size that adapts to the results of batches. It is halved after a batch with reruns,
 /// grows by one after a batch without, and shrinks for slow handlers. It never makes a lane wait.
@@ -18,6 +22,8 @@ const TRANSACTION_TIME: Duration = Duration::from_millis(500);
 pub struct AdaptiveBatchSize {
     size: usize,
     max: usize,
+    /// The target duration.
+    time: Duration,
     /// Number of messages that fit into the target duration, estimated from the last batches.
     fitting: f64,
     /// Number of remaining batches with savepoints.
@@ -25,11 +31,12 @@ pub struct AdaptiveBatchSize {
 }
 
 impl AdaptiveBatchSize {
-    /// Starts at the maximum.
-    pub fn new(max: usize) -> Self {
+    /// Starts at the maximum. Batches are to take `time` at most.
+    pub fn new(max: usize, time: Duration) -> Self {
         AdaptiveBatchSize {
             size: max.max(1),
             max: max.max(1),
+            time,
             fitting: max as f64,
             savepoint_batches: 0,
         }
@@ -51,8 +58,7 @@ impl AdaptiveBatchSize {
 
     /// Records the duration of a batch of `messages`.
     pub fn record_time(&mut self, messages: usize, time: Duration) {
-        let fitting =
-            messages as f64 * TRANSACTION_TIME.as_secs_f64() / time.as_secs_f64().max(1e-6);
+        let fitting = messages as f64 * self.time.as_secs_f64() / time.as_secs_f64().max(1e-6);
         // Shrinks quickly and grows slowly, because one quick batch among slow ones is weak
         // evidence.
         let weight = if fitting < self.fitting { 0.5 } else { 0.1 };
@@ -78,7 +84,7 @@ mod tests {
 
     #[test]
     fn batches_shrink_by_half_and_grow_by_one() {
-        let mut batch_size = AdaptiveBatchSize::new(32);
+        let mut batch_size = AdaptiveBatchSize::new(32, BATCH_TIME);
         let mut after = |reruns| {
             batch_size.record_reruns(reruns, 0);
             batch_size.current()
@@ -93,7 +99,7 @@ mod tests {
 
     #[test]
     fn batch_size_follows_the_time_of_handlers() {
-        let mut batch_size = AdaptiveBatchSize::new(32);
+        let mut batch_size = AdaptiveBatchSize::new(32, BATCH_TIME);
         let each = |batch_size: &mut AdaptiveBatchSize, time: Duration| {
             for _ in 0..100 {
                 batch_size.record_time(
@@ -111,7 +117,7 @@ mod tests {
 
     #[test]
     fn savepoints_are_used_for_a_while_after_an_item_failed() {
-        let mut batch_size = AdaptiveBatchSize::new(32);
+        let mut batch_size = AdaptiveBatchSize::new(32, BATCH_TIME);
         let mut after = |reruns, undone| {
             batch_size.record_reruns(reruns, undone);
             batch_size.savepoints()
