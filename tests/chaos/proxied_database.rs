@@ -74,7 +74,7 @@ impl ProxiedDatabase {
             &format!(":{}/", cluster.port()),
             &format!(":{}/", proxy.port()),
         );
-        world.database = Database::Postgres { host, direct };
+        world.database = Database::postgres(host, direct);
         Ok(ProxiedDatabase {
             cluster: Some(cluster),
             to_database: Some(proxy),

@@ -170,10 +170,7 @@ impl World {
     /// Executes a statement past the store.
     async fn execute_directly(&self, statement: &str) {
         let database = match &self.url {
-            Some(url) => Database::Postgres {
-                host: url.clone(),
-                direct: url.clone(),
-            },
+            Some(url) => Database::postgres(url.clone(), url.clone()),
             None => Database::Sqlite(self.folder.path().join("oncely.db")),
         };
         database.execute(statement).await.unwrap();
@@ -182,10 +179,7 @@ impl World {
     /// The number of rows of a table, read past the store.
     async fn count_directly(&self, table: &str) -> i64 {
         let database = match &self.url {
-            Some(url) => Database::Postgres {
-                host: url.clone(),
-                direct: url.clone(),
-            },
+            Some(url) => Database::postgres(url.clone(), url.clone()),
             None => Database::Sqlite(self.folder.path().join("oncely.db")),
         };
         database

@@ -1,9 +1,11 @@
 //! A database per test, inspected with plain SQL past the host.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use sqlx::{AssertSqlSafe, Connection, Row};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
+use tokio::sync::Mutex;
 
 use crate::{pgbouncer, postgres};
 
@@ -24,20 +26,28 @@ pub enum Database {
     Postgres {
         host: String,
         direct: String,
+        /// A connection for the next query; a new one costs the server ten times a short query.
+        kept: Arc<Mutex<Option<PgConnection>>>,
     },
 }
 
 impl Database {
+    /// A PostgreSQL database by the host's URL and the test's own.
+    pub fn postgres(host: String, direct: String) -> Self {
+        let kept = Arc::default();
+        Database::Postgres { host, direct, kept }
+    }
+
     pub async fn fresh(kind: Kind, folder: &Path) -> Result<Self> {
         Ok(match kind {
             Kind::Sqlite => Database::Sqlite(folder.join("test.db")),
             Kind::Postgres => Database::on(postgres::shared()).await?,
             Kind::Pgbouncer => {
                 let name = postgres::shared().create_database().await?;
-                Database::Postgres {
-                    host: pgbouncer::shared().url(&name),
-                    direct: postgres::shared().url(&name),
-                }
+                Database::postgres(
+                    pgbouncer::shared().url(&name),
+                    postgres::shared().url(&name),
+                )
             }
         })
     }
@@ -45,10 +55,7 @@ impl Database {
     /// A fresh database of this cluster.
     pub async fn on(cluster: &postgres::Cluster) -> Result<Self> {
         let direct = cluster.url(&cluster.create_database().await?);
-        Ok(Database::Postgres {
-            host: direct.clone(),
-            direct,
-        })
+        Ok(Database::postgres(direct.clone(), direct))
     }
 
     /// The query that counts unpublished outputs.
@@ -108,8 +115,7 @@ impl Database {
                     .rsplit_once('/')
                     .context("find the database's name")?;
                 let copy = format!("copy_{}", uuid::Uuid::new_v4().simple());
-                let mut connection =
-                    sqlx::PgConnection::connect(&format!("{server}/postgres")).await?;
+                let mut connection = PgConnection::connect(&format!("{server}/postgres")).await?;
                 // The server may not have noticed yet that a killed host's connections are gone.
                 let end = format!(
                     "select pg_terminate_backend(pid, 10000) from pg_stat_activity
@@ -125,10 +131,7 @@ impl Database {
                     .await
                     .context("copy the database")?;
                 let url = format!("{server}/{copy}");
-                Ok(Database::Postgres {
-                    host: url.clone(),
-                    direct: url,
-                })
+                Ok(Database::postgres(url.clone(), url))
             }
         }
     }
@@ -156,15 +159,9 @@ impl Database {
                     })
                     .collect()
             }
-            Database::Postgres { direct, .. } => {
+            Database::Postgres { direct, kept, .. } => {
                 let sql = sql.replace("app.", "app_default.");
-                let mut connection = sqlx::PgConnection::connect(direct)
-                    .await
-                    .context("connect")?;
-                // The simple protocol returns every value as text.
-                let rows = sqlx::raw_sql(AssertSqlSafe(sql))
-                    .fetch_all(&mut connection)
-                    .await?;
+                let rows = postgres_rows(direct, kept, &sql).await?;
                 let text = |row: &sqlx::postgres::PgRow, column: usize| -> Result<String> {
                     let value = row.try_get_raw(column)?;
                     Ok(value.as_str().unwrap_or_default().to_owned())
@@ -191,9 +188,7 @@ impl Database {
             }
             Database::Postgres { direct, .. } => {
                 let sql = sql.replace("app.", "app_default.");
-                let mut connection = sqlx::PgConnection::connect(direct)
-                    .await
-                    .context("connect")?;
+                let mut connection = PgConnection::connect(direct).await.context("connect")?;
                 sqlx::raw_sql(AssertSqlSafe(sql))
                     .execute(&mut connection)
                     .await?;
@@ -213,6 +208,40 @@ impl Database {
             .parse()
             .with_context(|| format!("`{value}` is not a number"))
     }
+}
+
+/// Runs a query on the kept connection, or on a new one if that is in use or was lost.
+async fn postgres_rows(
+    url: &str,
+    kept: &Mutex<Option<PgConnection>>,
+    sql: &str,
+) -> Result<Vec<sqlx::postgres::PgRow>> {
+    let mut place = kept.try_lock();
+    let earlier = place.as_deref_mut().ok().and_then(Option::take);
+    if let Some(mut connection) = earlier
+        && let Ok(rows) = fetch(&mut connection, sql).await
+    {
+        if let Ok(place) = &mut place {
+            **place = Some(connection);
+        }
+        return Ok(rows);
+    }
+    let mut connection = PgConnection::connect(url).await.context("connect")?;
+    let rows = fetch(&mut connection, sql).await?;
+    if let Ok(place) = &mut place {
+        **place = Some(connection);
+    }
+    Ok(rows)
+}
+
+/// The simple protocol returns every value as text.
+async fn fetch(
+    connection: &mut PgConnection,
+    sql: &str,
+) -> sqlx::Result<Vec<sqlx::postgres::PgRow>> {
+    sqlx::raw_sql(AssertSqlSafe(sql))
+        .fetch_all(connection)
+        .await
 }
 
 fn sqlite_text(row: &sqlx::sqlite::SqliteRow, column: usize) -> Result<String> {
