@@ -56,9 +56,10 @@ saturation: install-tools ## Overload a host for five minutes and measure the pu
 saturation-short: build ## Overload a host for 30 seconds
 	cargo run --quiet --locked -p oncely-tests --bin bench -- --saturate 30 $(ARGS)
 
-bench-http: install-tools ## Compare cached reads over HTTP with a constant response: one minute
+bench-http: install-tools ## Compare requests over HTTP with hand-written services: three minutes
 	cargo build --locked --release -p oncely -p oncely-tests
-	target/release/bench --http 5 $(ARGS)
+	target/release/bench --http 5
+	target/release/bench --requests 5 $(ARGS)
 
 bench-languages: install-tools ## Compare the languages of handlers, from the first build to messages per second: 15 minutes
 	cargo build --locked --release -p oncely -p oncely-tests

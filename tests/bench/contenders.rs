@@ -9,6 +9,8 @@ pub enum Work {
     StateInOrder,
     /// Writes two rows with one statement and sends a message.
     Sql,
+    /// Like `Sql`, with one statement for a batch of messages.
+    BulkSql,
 }
 
 /// The implementation that does the work.
@@ -16,10 +18,26 @@ pub enum Work {
 pub enum Implementation {
     /// A hand-written loop: one transaction per message, 32 at a time.
     HandWritten,
+    /// Native code that does a host's work for the happy path.
+    Native,
     /// A host with these worker settings.
     Host { settings: &'static str },
     /// A host in WAL mode with these worker settings.
     HostInWalMode { settings: &'static str },
+    /// A host on SQLite with these worker settings.
+    HostOnSqlite { settings: &'static str },
+}
+
+/// What is special about the messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mix {
+    Clean,
+    /// This percentage is rejected.
+    Poison(usize),
+    /// This percentage is rejected after its statement.
+    PoisonAfterSql(usize),
+    /// This percentage has the id of an earlier message.
+    Duplicates(usize),
 }
 
 pub struct Contender {
@@ -27,8 +45,7 @@ pub struct Contender {
     pub description: &'static str,
     pub implementation: Implementation,
     pub work: Work,
-    /// Percentage of messages that are rejected, and whether they run SQL first.
-    pub poison: Option<(usize, bool)>,
+    pub mix: Mix,
     /// The contender for comparison.
     pub baseline: Option<&'static str>,
     /// The required ratio to the baseline.
@@ -55,14 +72,14 @@ const fn host(
 ) -> Contender {
     let baseline = Some(match work {
         Work::State | Work::StateInOrder => "state, by hand",
-        Work::Sql => "sql, by hand",
+        Work::Sql | Work::BulkSql => "sql, by hand",
     });
     Contender {
         name,
         description,
         implementation: Implementation::Host { settings },
         work,
-        poison: None,
+        mix: Mix::Clean,
         baseline,
         wanted: None,
     }
@@ -75,14 +92,24 @@ const fn by_hand(name: &'static str, work: Work) -> Contender {
         description,
         implementation: Implementation::HandWritten,
         work,
-        poison: None,
+        mix: Mix::Clean,
         baseline: None,
         wanted: None,
     }
 }
 
+const fn native(name: &'static str, work: Work) -> Contender {
+    let description = "batches with bulk statements, no sandbox and no failures";
+    Contender {
+        description,
+        implementation: Implementation::Native,
+        ..host(name, description, "", work)
+    }
+}
+
 pub const CONTENDERS: &[Contender] = &[
     by_hand("state, by hand", Work::State),
+    native("state, native", Work::State),
     Contender {
         wanted: Some(4.0),
         ..host(
@@ -136,7 +163,13 @@ pub const CONTENDERS: &[Contender] = &[
             Work::State,
         )
     },
+    Contender {
+        implementation: Implementation::HostOnSqlite { settings: STATE },
+        baseline: Some("state"),
+        ..host("state, sqlite", "on SQLite", STATE, Work::State)
+    },
     by_hand("sql, by hand", Work::Sql),
+    native("sql, native", Work::Sql),
     Contender {
         wanted: Some(1.5),
         ..host(
@@ -152,8 +185,34 @@ pub const CONTENDERS: &[Contender] = &[
         SQL_BATCH,
         Work::Sql,
     ),
+    host(
+        "sql, batch handler",
+        "one statement for the messages of a batch",
+        SQL,
+        Work::BulkSql,
+    ),
     Contender {
-        poison: Some((10, false)),
+        mix: Mix::Poison(1),
+        baseline: Some("state"),
+        ..host(
+            "state, 1 % poison",
+            "one in a hundred is rejected",
+            STATE,
+            Work::State,
+        )
+    },
+    Contender {
+        mix: Mix::Duplicates(10),
+        baseline: Some("state"),
+        ..host(
+            "state, 10 % duplicates",
+            "one in ten has the id of an earlier message",
+            STATE,
+            Work::State,
+        )
+    },
+    Contender {
+        mix: Mix::Poison(10),
         baseline: Some("state"),
         wanted: Some(0.4),
         ..host(
@@ -164,7 +223,7 @@ pub const CONTENDERS: &[Contender] = &[
         )
     },
     Contender {
-        poison: Some((10, true)),
+        mix: Mix::PoisonAfterSql(10),
         baseline: Some("sql"),
         wanted: Some(0.4),
         ..host(

@@ -23,7 +23,7 @@ const IN_FLIGHT: usize = 32;
 /// Outputs per page.
 const PAGE: i64 = 1_000;
 
-const TABLES: &str = "
+pub const TABLES: &str = "
     create schema hand;
     create table hand.inbox (event_id text primary key, at timestamptz not null default now());
     create table hand.state (key text primary key, value bigint not null);
@@ -33,18 +33,8 @@ const TABLES: &str = "
         subject text not null, body bytea not null);
 ";
 
-pub struct HandWritten {
-    tasks: Vec<JoinHandle<Result<()>>>,
-}
-
-impl HandWritten {
-    pub fn stop(self) {
-        self.tasks.iter().for_each(JoinHandle::abort);
-    }
-}
-
 /// Starts the consumer and the relay.
-pub async fn start(world: &World, work: Work) -> Result<HandWritten> {
+pub async fn start(world: &World, work: Work) -> Result<Vec<JoinHandle<Result<()>>>> {
     let Database::Postgres { direct, .. } = &world.database else {
         unreachable!()
     };
@@ -65,9 +55,7 @@ pub async fn start(world: &World, work: Work) -> Result<HandWritten> {
     let consumer: PullConsumer = stream.create_consumer(config).await?;
     let relay = tokio::spawn(relay(pool.clone(), context));
     let consume = tokio::spawn(consume(pool, consumer, work));
-    Ok(HandWritten {
-        tasks: vec![relay, consume],
-    })
+    Ok(vec![relay, consume])
 }
 
 async fn consume(pool: PgPool, consumer: PullConsumer, work: Work) -> Result<()> {
@@ -128,7 +116,7 @@ async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Resu
                 json!({ "key": key, "value": value, "version": value }),
             )
         }
-        Work::Sql => {
+        Work::Sql | Work::BulkSql => {
             let nonce = uuid::Uuid::new_v4().simple().to_string();
             sqlx::query("insert into hand.effect values ($1, $2, $3, $6), ($1, $4, $5, $6)")
                 .bind(event_id)
@@ -158,7 +146,7 @@ async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Resu
 }
 
 /// Reads a page of outputs, publishes them and deletes them.
-async fn relay(pool: PgPool, context: JetStream) -> Result<()> {
+pub async fn relay(pool: PgPool, context: JetStream) -> Result<()> {
     loop {
         let rows =
             sqlx::query("select seq, id, subject, body from hand.outbox order by seq limit $1")

@@ -20,6 +20,8 @@ mod cpu;
 mod hand_written;
 mod http;
 mod languages;
+mod native;
+mod requests;
 mod retention;
 mod saturation;
 mod stage;
@@ -48,6 +50,13 @@ struct Options {
     /// Compare a cached read over HTTP with a constant instead, for this many seconds per round.
     #[arg(long, value_name = "SECONDS")]
     http: Option<u64>,
+    /// Compare requests with an idempotency key with a hand-written service instead, for this many
+    /// seconds per measurement.
+    #[arg(long, value_name = "SECONDS")]
+    requests: Option<u64>,
+    /// Further lines of the worker's manifest, such as `batch = 1`.
+    #[arg(long, default_value = "", requires = "requests")]
+    settings: String,
     /// Compare the languages of handlers instead.
     #[arg(long)]
     languages: bool,
@@ -83,6 +92,13 @@ async fn main() -> Result<()> {
         !cfg!(debug_assertions) || options.retention.is_some(),
         "not a release build; run: make bench"
     );
+    if let Some(seconds) = options.requests {
+        let time = Duration::from_secs(seconds);
+        let (holds, report) = requests::measure(time, options.rounds, &options.settings).await?;
+        write("requests.json", &report)?;
+        ensure!(holds, "requests are slower than wanted");
+        return Ok(());
+    }
     if options.languages {
         let report = languages::measure(options.rounds, options.only.as_deref()).await?;
         return write("languages.json", &report);

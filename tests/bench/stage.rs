@@ -8,14 +8,19 @@ use async_nats::datetime::DateTime;
 use async_nats::jetstream::{self, stream::Stream};
 use serde_json::json;
 use support::database::{Database, Kind};
+use support::guests;
 use support::nats::NewMessage;
 use support::postgres::Cluster;
-use support::world::{World, manifest};
+use support::world::{World, manifest, manifest_of};
+use tokio::task::JoinHandle;
 
-use crate::contenders::{Contender, Implementation, Work};
-use crate::{PATIENCE, cpu, hand_written};
+use crate::contenders::{Contender, Implementation, Mix, Work};
+use crate::{PATIENCE, cpu, hand_written, native};
 
 const KEYS: usize = 1_000;
+
+/// Messages between an original and its duplicate.
+const DISTANCE: usize = 777;
 
 /// The JSON Schema of the messages.
 const SCHEMA: &str = r#"{
@@ -43,11 +48,22 @@ pub async fn measure(
     messages: usize,
 ) -> Result<Measured> {
     let settings = match contender.implementation {
-        Implementation::HandWritten => "",
-        Implementation::Host { settings } | Implementation::HostInWalMode { settings } => settings,
+        Implementation::HandWritten | Implementation::Native => "",
+        Implementation::Host { settings }
+        | Implementation::HostInWalMode { settings }
+        | Implementation::HostOnSqlite { settings } => settings,
     };
-    let mut world = World::without_host(Kind::Sqlite, &manifest(settings)?).await?;
-    world.database = Database::on(cluster).await?;
+    let manifest = match contender.work {
+        Work::BulkSql => manifest_of(&guests::batch_component()?, settings),
+        _ => manifest(settings)?,
+    };
+    let mut world = World::without_host(Kind::Sqlite, &manifest).await?;
+    if !matches!(
+        contender.implementation,
+        Implementation::HostOnSqlite { .. }
+    ) {
+        world.database = Database::on(cluster).await?;
+    }
     std::fs::write(world.folder.path().join("schema.json"), SCHEMA).context("write the schema")?;
     let is_wal = matches!(
         contender.implementation,
@@ -73,28 +89,29 @@ pub async fn measure(
     // Measurement
     let context = jetstream::new(world.nats.client().await?);
     let cpu_before = cpu::seconds();
-    let by_hand = match contender.implementation {
-        Implementation::HandWritten => Some(hand_written::start(&world, contender.work).await?),
-        Implementation::Host { .. } | Implementation::HostInWalMode { .. } => {
+    let tasks = match contender.implementation {
+        Implementation::HandWritten => hand_written::start(&world, contender.work).await?,
+        Implementation::Native => native::start(&world, contender.work).await?,
+        _ => {
             world.spawn_host()?;
-            None
+            Vec::new()
         }
     };
-    let poison = contender
-        .poison
-        .map_or(0, |(percent, _)| messages * percent / 100);
+    let odd = (0..messages).filter(|n| is_odd(contender, *n)).count();
+    let (poison, duplicates) = match contender.mix {
+        Mix::Duplicates(_) => (0, odd),
+        _ => (odd, 0),
+    };
     let (out, dlq) = (
         context.get_stream("OUT").await?,
         context.get_stream("ONCELY_DLQ").await?,
     );
-    wait_for(&out, messages - poison)
+    wait_for(&out, messages - poison - duplicates)
         .await
         .with_context(|| format!("outputs; host log:\n{}", world.host_log()))?;
     wait_for(&dlq, poison).await.context("dead letters")?;
     let cpu_micros = cpu::micros_since(&cpu_before, messages);
-    if let Some(by_hand) = by_hand {
-        by_hand.stop();
-    }
+    tasks.iter().for_each(JoinHandle::abort);
 
     // Rate
     let mut times = stored_times(&out).await?;
@@ -107,18 +124,31 @@ pub async fn measure(
     })
 }
 
+/// Whether a message is one of those that make the mix. They are spread evenly over the stream.
+fn is_odd(contender: &Contender, n: usize) -> bool {
+    let is_among = |percent: usize| n * percent % 100 < percent;
+    match contender.mix {
+        Mix::Clean => false,
+        Mix::Poison(percent) | Mix::PoisonAfterSql(percent) => is_among(percent),
+        Mix::Duplicates(percent) => n >= DISTANCE && is_among(percent),
+    }
+}
+
 fn message(contender: &Contender, n: usize) -> NewMessage {
-    let key = format!("k{}", n % KEYS);
-    // Spread evenly over the stream.
-    let fails = contender
-        .poison
-        .is_some_and(|(percent, _)| n * percent % 100 < percent);
-    let behaviour = match (contender.work, fails, contender.poison) {
-        (_, true, Some((_, false))) => "reject",
-        (_, true, _) => "insert,reject",
-        (Work::State | Work::StateInOrder, ..) => "state_counter",
-        (Work::Sql, ..) => "insert",
+    let is_odd = is_odd(contender, n);
+    let behaviour = match (contender.mix, contender.work) {
+        (Mix::Poison(_), _) if is_odd => "reject",
+        (Mix::PoisonAfterSql(_), _) if is_odd => "insert,reject",
+        (_, Work::State | Work::StateInOrder) => "state_counter",
+        (_, Work::Sql) => "insert",
+        (_, Work::BulkSql) => "bulk",
     };
+    // A duplicate follows its original after some batches.
+    let n = match contender.mix {
+        Mix::Duplicates(_) if is_odd => n - DISTANCE,
+        _ => n,
+    };
+    let key = format!("k{}", n % KEYS);
     let body = json!({ "key": key, "ordered": contender.work == Work::StateInOrder });
     let mut message = NewMessage::new("in.x", &format!("e{n}"), behaviour, &body.to_string());
     message.headers.push(("Key".to_owned(), key));

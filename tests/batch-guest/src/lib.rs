@@ -2,6 +2,7 @@
 //!
 //! The header `do` of a message selects its behaviour:
 //! - `insert`: the default.
+//! - `bulk`: without the list in keyed state, which grows.
 //! - `reject` or `fail`: before any effect.
 //! - `late-reject`, `trap` or `violate`: after all effects.
 //! - `uncaused`: an output without a causing message.
@@ -73,9 +74,12 @@ fn take_effect(messages: &[Message]) -> Result<(), Failure> {
         rows.join(", ")
     );
     sql::execute(&statement, &values)?;
-    let mut order: Vec<String> = state::get_json("order")?.unwrap_or_default();
-    order.extend(messages.iter().map(|message| message.id.clone()));
-    state::set_json("order", &order)?;
+    let grows = |message: &Message| message.header("do") != Some("bulk");
+    if messages.iter().any(grows) {
+        let mut order: Vec<String> = state::get_json("order")?.unwrap_or_default();
+        order.extend(messages.iter().map(|message| message.id.clone()));
+        state::set_json("order", &order)?;
+    }
     for message in messages {
         let nonce = format!("{}/{}", message.id, invocation::attempt());
         let body =
