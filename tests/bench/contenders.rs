@@ -48,8 +48,11 @@ pub struct Contender {
     pub mix: Mix,
     /// The contender for comparison.
     pub baseline: Option<&'static str>,
-    /// The required ratio to the baseline.
-    pub wanted: Option<f64>,
+}
+
+/// The contender of this name.
+pub fn by_name(name: &str) -> Option<&'static Contender> {
+    CONTENDERS.iter().find(|contender| contender.name == name)
 }
 
 const SQL: &str = "[worker.retry]\nattempts = 1";
@@ -81,7 +84,6 @@ const fn host(
         work,
         mix: Mix::Clean,
         baseline,
-        wanted: None,
     }
 }
 
@@ -94,7 +96,6 @@ const fn by_hand(name: &'static str, work: Work) -> Contender {
         work,
         mix: Mix::Clean,
         baseline: None,
-        wanted: None,
     }
 }
 
@@ -111,7 +112,6 @@ pub const CONTENDERS: &[Contender] = &[
     by_hand("state, by hand", Work::State),
     native("state, native", Work::State),
     Contender {
-        wanted: Some(4.0),
         ..host(
             "state",
             "keyed state, a fresh instance per message, state_keys",
@@ -155,7 +155,6 @@ pub const CONTENDERS: &[Contender] = &[
     },
     Contender {
         baseline: Some("state"),
-        wanted: Some(0.9),
         ..host(
             "state, schema",
             "the body of each message is checked against a JSON Schema",
@@ -171,7 +170,6 @@ pub const CONTENDERS: &[Contender] = &[
     by_hand("sql, by hand", Work::Sql),
     native("sql, native", Work::Sql),
     Contender {
-        wanted: Some(1.5),
         ..host(
             "sql",
             "one statement and a fresh instance per message",
@@ -214,7 +212,6 @@ pub const CONTENDERS: &[Contender] = &[
     Contender {
         mix: Mix::Poison(10),
         baseline: Some("state"),
-        wanted: Some(0.4),
         ..host(
             "state, 10 % poison",
             "one in ten is rejected",
@@ -225,7 +222,6 @@ pub const CONTENDERS: &[Contender] = &[
     Contender {
         mix: Mix::PoisonAfterSql(10),
         baseline: Some("sql"),
-        wanted: Some(0.4),
         ..host(
             "sql, 10 % poison after sql",
             "one in ten is rejected after its statement",

@@ -1,7 +1,9 @@
-//! CPU time of this process and of all its child processes, by program name.
+//! CPU time of this process and of all its child processes, by program name, and their memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
+
+use anyhow::{Context, Result};
 
 /// Seconds of CPU time so far by program; empty on a system without `/proc`.
 pub fn seconds() -> BTreeMap<String, f64> {
@@ -71,4 +73,22 @@ fn is_ours(pid: u32, processes: &HashMap<u32, Process>) -> bool {
         }
     }
     true
+}
+
+/// The largest resident memory of a process so far, in MiB.
+pub fn peak_memory_mib(pid: u32) -> Result<f64> {
+    Ok(memory_kib(pid, "VmHWM:")? / 1024.0)
+}
+
+/// The resident memory of a process, in KiB.
+pub fn resident_kib(pid: u32) -> Result<f64> {
+    memory_kib(pid, "VmRSS:")
+}
+
+fn memory_kib(pid: u32, line: &str) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).context("read the memory")?;
+    let found = status.lines().find_map(|text| text.strip_prefix(line));
+    let text = found.context("find the memory")?;
+    let kib: f64 = text.trim().trim_end_matches(" kB").parse()?;
+    Ok(kib)
 }

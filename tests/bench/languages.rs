@@ -22,7 +22,8 @@ use support::production::RunningHost;
 use support::project::Project;
 use support::world::{World, manifest};
 
-use crate::{PATIENCE, cpu, median};
+use crate::statistics::median;
+use crate::{PATIENCE, cpu};
 
 struct Language {
     name: &'static str,
@@ -289,7 +290,7 @@ async fn handle(
             host.log()
         );
     }
-    let memory_mib = peak_memory_mib(host.pid())?;
+    let memory_mib = cpu::peak_memory_mib(host.pid())?;
     let cpu_micros = cpu::micros_since(&cpu_before, language.messages);
     host.stop()?;
 
@@ -360,14 +361,4 @@ async fn until(
     });
     let said = || fs::read_to_string(log).unwrap_or_default();
     found.await.with_context(said)
-}
-
-fn peak_memory_mib(pid: u32) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).context("read the memory")?;
-    let peak = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .and_then(|rest| rest.split_whitespace().next())
-        .context("find the peak of the memory")?;
-    Ok(peak.parse::<f64>()? / 1024.0)
 }

@@ -22,16 +22,14 @@ use support::world::{World, http_manifest};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::{cpu, hand_written, median};
+use crate::statistics::{median, percentile};
+use crate::{cpu, hand_written};
 
 const CLIENTS: [usize; 3] = [1, 16, 256];
 const ACCOUNTS: usize = 1_000;
 
 /// Connections of the hand-written service to the database: its best number on two cores.
 const CONNECTIONS: u32 = 16;
-
-/// The minimum ratio to the hand-written service, at the most clients.
-const WANTED: f64 = 3.0;
 
 const TABLES: &str = "
     create table hand.request (key text primary key, fingerprint bytea not null, status integer not null,
@@ -50,8 +48,8 @@ struct Measured {
     cpu_micros: BTreeMap<String, f64>,
 }
 
-/// Measures both in rotation. True when the ratio at the most clients is as wanted.
-pub async fn measure(time: Duration, rounds: usize, settings: &str) -> Result<(bool, Value)> {
+/// Measures both in rotation. `settings` are further lines of the worker's manifest.
+pub async fn measure(time: Duration, rounds: usize, settings: &str) -> Result<Value> {
     // A host and a hand-written service on one database.
     tokio::task::spawn_blocking(guests::http_component).await??;
     let cluster = tokio::task::spawn_blocking(Cluster::start_durable).await??;
@@ -114,11 +112,7 @@ pub async fn measure(time: Duration, rounds: usize, settings: &str) -> Result<(b
             json!({ "clients": clients, "by_hand": of("by hand"), "oncely": of("oncely"), "ratio": ratio })
         })
         .collect();
-    let ratio = rows.last().and_then(|row| row["ratio"].as_f64());
-    Ok((
-        ratio.is_some_and(|ratio| ratio >= WANTED),
-        json!({ "rows": rows, "wanted": WANTED, "settings": settings }),
-    ))
+    Ok(json!({ "rows": rows, "settings": settings }))
 }
 
 /// Each successful request has sent one message, and no request two.
@@ -167,15 +161,10 @@ async fn load(address: &str, clients: usize, time: Duration) -> Result<Measured>
     for client in futures::future::join_all(clients).await {
         times.extend(client??);
     }
-    times.sort_by(f64::total_cmp);
-    let at = |share: f64| {
-        let at = (times.len() as f64 * share) as usize;
-        times.get(at).copied().unwrap_or_default()
-    };
     Ok(Measured {
         rate: times.len() as f64 / began.elapsed().as_secs_f64(),
-        p50: at(0.5),
-        p99: at(0.99),
+        p50: percentile(&times, 0.5),
+        p99: percentile(&times, 0.99),
         cpu_micros: cpu::micros_since(&cpu_before, times.len()),
     })
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use async_nats::datetime::DateTime;
 use async_nats::jetstream::{self, stream::Stream};
-use serde_json::json;
+use serde_json::{Value, json};
 use support::database::{Database, Kind};
 use support::guests;
 use support::nats::NewMessage;
@@ -40,13 +40,87 @@ pub struct Measured {
     /// Microseconds of CPU time per message, by program. Unlike the rate, this hardly depends on
     /// other load of the machine.
     pub cpu_micros: BTreeMap<String, f64>,
+    /// Bytes of WAL per message; none on SQLite.
+    pub wal_bytes: Option<f64>,
+    /// Committed transactions per message; none on SQLite.
+    pub transactions: Option<f64>,
+    /// The largest resident memory of the host; none of a contender in this process.
+    pub memory_mib: Option<f64>,
 }
 
+impl Measured {
+    pub fn json(&self) -> Value {
+        json!({
+            "rate": self.rate, "cpu_micros_per_message": self.cpu_micros,
+            "wal_bytes_per_message": self.wal_bytes,
+            "transactions_per_message": self.transactions, "peak_memory_mib": self.memory_mib,
+        })
+    }
+
+    /// The costs of a message, for people.
+    pub fn costs(&self) -> String {
+        let programs = self.cpu_micros.iter();
+        let mut costs: Vec<String> = programs
+            .map(|(program, micros)| format!("{program} {micros:.0}"))
+            .collect();
+        costs.extend(self.wal_bytes.map(|bytes| format!("WAL {bytes:.0} B")));
+        costs.extend(self.memory_mib.map(|memory| format!("{memory:.0} MiB")));
+        format!("µs of CPU each: {}", costs.join(", "))
+    }
+}
+
+/// Measures a contender once.
 pub async fn measure(
     contender: &Contender,
     cluster: &Cluster,
     messages: usize,
 ) -> Result<Measured> {
+    let mut world = prepare(contender, cluster).await?;
+    world
+        .nats
+        .publish_all((0..messages).map(|n| message(contender, n)).collect())
+        .await?;
+
+    // Measurement
+    let context = jetstream::new(world.nats.client().await?);
+    let work_before = DatabaseWork::of(&world.database).await?;
+    let cpu_before = cpu::seconds();
+    let tasks = start(contender, &mut world).await?;
+    let odd = (0..messages).filter(|n| is_odd(contender, *n)).count();
+    let (poison, duplicates) = match contender.mix {
+        Mix::Duplicates(_) => (0, odd),
+        _ => (odd, 0),
+    };
+    let (out, dlq) = (
+        context.get_stream("OUT").await?,
+        context.get_stream("ONCELY_DLQ").await?,
+    );
+    wait_for(&out, messages - poison - duplicates)
+        .await
+        .with_context(|| format!("outputs; host log:\n{}", world.host_log()))?;
+    wait_for(&dlq, poison).await.context("dead letters")?;
+    let cpu_micros = cpu::micros_since(&cpu_before, messages);
+    let work = DatabaseWork::of(&world.database).await?;
+    let memory_mib = world.host_pid().map(cpu::peak_memory_mib).transpose()?;
+    tasks.iter().for_each(JoinHandle::abort);
+
+    // Rate
+    let mut times = stored_times(&out).await?;
+    times.extend(stored_times_if_any(&dlq).await?);
+    let first = times.iter().min().context("find the first output")?;
+    let last = times.iter().max().context("find the last output")?;
+    let each = |after: Option<f64>, before: Option<f64>| Some((after? - before?) / messages as f64);
+    Ok(Measured {
+        rate: messages as f64 / (*last - *first).as_seconds_f64(),
+        cpu_micros,
+        wal_bytes: each(work.wal_bytes, work_before.wal_bytes),
+        transactions: each(work.transactions, work_before.transactions),
+        memory_mib,
+    })
+}
+
+/// A fresh database and broker with tables, streams and a compiled component.
+pub async fn prepare(contender: &Contender, cluster: &Cluster) -> Result<World> {
     let settings = match contender.implementation {
         Implementation::HandWritten | Implementation::Native => "",
         Implementation::Host { settings }
@@ -72,8 +146,6 @@ pub async fn measure(
     if is_wal {
         world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
     }
-
-    // This start creates the streams and tables and compiles the component.
     world.start_host().await?;
     if is_wal {
         world
@@ -81,47 +153,45 @@ pub async fn measure(
             .await?;
     }
     world.stop_host().await?;
-    world
-        .nats
-        .publish_all((0..messages).map(|n| message(contender, n)).collect())
-        .await?;
+    Ok(world)
+}
 
-    // Measurement
-    let context = jetstream::new(world.nats.client().await?);
-    let cpu_before = cpu::seconds();
-    let tasks = match contender.implementation {
-        Implementation::HandWritten => hand_written::start(&world, contender.work).await?,
-        Implementation::Native => native::start(&world, contender.work).await?,
+/// Starts the contender. Returns the tasks of one that runs in this process.
+pub async fn start(
+    contender: &Contender,
+    world: &mut World,
+) -> Result<Vec<JoinHandle<Result<()>>>> {
+    match contender.implementation {
+        Implementation::HandWritten => hand_written::start(world, contender.work).await,
+        Implementation::Native => native::start(world, contender.work).await,
         _ => {
             world.spawn_host()?;
-            Vec::new()
+            Ok(Vec::new())
         }
-    };
-    let odd = (0..messages).filter(|n| is_odd(contender, *n)).count();
-    let (poison, duplicates) = match contender.mix {
-        Mix::Duplicates(_) => (0, odd),
-        _ => (odd, 0),
-    };
-    let (out, dlq) = (
-        context.get_stream("OUT").await?,
-        context.get_stream("ONCELY_DLQ").await?,
-    );
-    wait_for(&out, messages - poison - duplicates)
-        .await
-        .with_context(|| format!("outputs; host log:\n{}", world.host_log()))?;
-    wait_for(&dlq, poison).await.context("dead letters")?;
-    let cpu_micros = cpu::micros_since(&cpu_before, messages);
-    tasks.iter().for_each(JoinHandle::abort);
+    }
+}
 
-    // Rate
-    let mut times = stored_times(&out).await?;
-    times.extend(stored_times_if_any(&dlq).await?);
-    let first = times.iter().min().context("find the first output")?;
-    let last = times.iter().max().context("find the last output")?;
-    Ok(Measured {
-        rate: messages as f64 / (*last - *first).as_seconds_f64(),
-        cpu_micros,
-    })
+/// What PostgreSQL has done so far.
+#[derive(Default)]
+struct DatabaseWork {
+    /// Of the whole cluster.
+    wal_bytes: Option<f64>,
+    transactions: Option<f64>,
+}
+
+impl DatabaseWork {
+    async fn of(database: &Database) -> Result<Self> {
+        if let Database::Sqlite(_) = database {
+            return Ok(DatabaseWork::default());
+        }
+        let wal = "select pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint";
+        let transactions =
+            "select xact_commit from pg_stat_database where datname = current_database()";
+        Ok(DatabaseWork {
+            wal_bytes: Some(database.number(wal).await? as f64),
+            transactions: Some(database.number(transactions).await? as f64),
+        })
+    }
 }
 
 /// Whether a message is one of those that make the mix. They are spread evenly over the stream.
@@ -134,7 +204,7 @@ fn is_odd(contender: &Contender, n: usize) -> bool {
     }
 }
 
-fn message(contender: &Contender, n: usize) -> NewMessage {
+pub fn message(contender: &Contender, n: usize) -> NewMessage {
     let is_odd = is_odd(contender, n);
     let behaviour = match (contender.mix, contender.work) {
         (Mix::Poison(_), _) if is_odd => "reject",
@@ -155,7 +225,7 @@ fn message(contender: &Contender, n: usize) -> NewMessage {
     message
 }
 
-async fn wait_for(stream: &Stream, messages: usize) -> Result<()> {
+pub async fn wait_for(stream: &Stream, messages: usize) -> Result<()> {
     let (mut seen, mut moved) = (0, Instant::now());
     while seen < messages {
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
@@ -176,7 +246,7 @@ async fn wait_for(stream: &Stream, messages: usize) -> Result<()> {
 }
 
 /// Storage times of the first and the last message of a stream.
-async fn stored_times(stream: &Stream) -> Result<Vec<DateTime>> {
+pub async fn stored_times(stream: &Stream) -> Result<Vec<DateTime>> {
     let state = stream.get_info().await?.state;
     Ok(vec![state.first_timestamp, state.last_timestamp])
 }
