@@ -32,7 +32,7 @@ chaos-short: chaos-host ## Run a shorter chaos: two minutes
 	$(CHAOS) --short --inputs 800 --minutes 1.5 $(ARGS)
 
 mutants: install-tools ## Break each guarantee on purpose; the books must detect it
-	scripts/build-mutants
+	scripts/build-mutants $(BUILD)
 	$(CHAOS) --mutants $(ARGS)
 
 fuzz-sql: install-tools ## Fuzz the statement filter and PostgreSQL with ten million statements: 15 minutes

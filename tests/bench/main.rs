@@ -17,6 +17,7 @@ mod contenders;
 mod cpu;
 mod hand_written;
 mod http;
+mod instances;
 mod languages;
 mod latency;
 mod native;
@@ -133,6 +134,7 @@ async fn compare(options: &Options) -> Result<()> {
         measured.requests = requests::measure(REQUESTS_TIME, rounds, "").await?;
         measured.relay = relay::measure(&cluster, messages).await?.into();
         measured.workers = workers::measure(&cluster).await?;
+        measured.instances = instances::measure(rounds).await?;
         let rate = |name| measured.rate(name).unwrap_or_default();
         let (worker, by_hand) = (rate("state"), rate("state, by hand"));
         measured.latency = latency::measure(&cluster, worker, by_hand).await?;

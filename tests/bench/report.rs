@@ -57,6 +57,11 @@ const TARGETS: &[Target] = &[
         "99th percentile of latency ÷ that of the handwritten loop, at half of its maximum",
         Wanted::AtMost(1.0),
     ),
+    target(
+        "fresh_vs_warm",
+        "call in a fresh instance ÷ call in a warm one",
+        Wanted::AtMost(10.0),
+    ),
     target("poison_vs_clean", "1 % poison ÷ none", Wanted::AtLeast(0.9)),
     target(
         "duplicates_vs_clean",
@@ -93,6 +98,7 @@ pub struct Measurements {
     /// Outputs per second.
     pub relay: Value,
     pub workers: Value,
+    pub instances: Value,
 }
 
 impl Measurements {
@@ -130,6 +136,7 @@ impl Measurements {
                 let by_hand = self.p99("state, by hand", "50 %")?;
                 Some(self.p99("state", "50 % of the loop")? / by_hand)
             }
+            "fresh_vs_warm" => self.instances["ratio"].as_f64(),
             "poison_vs_clean" => of("state, 1 % poison", "state"),
             "duplicates_vs_clean" => of("state, 10 % duplicates", "state"),
             "relay_vs_worker" => Some(self.relay.as_f64()? / self.rate("state")?),
@@ -157,7 +164,7 @@ impl Measurements {
         }
         json!({
             "ratios": ratios, "throughput": self.throughput, "requests": self.requests,
-            "latency": self.latency, "relay_outputs_per_second": self.relay, "workers": self.workers,
+            "latency": self.latency, "relay_outputs_per_second": self.relay, "workers": self.workers, "instances": self.instances,
         })
     }
 
