@@ -36,6 +36,9 @@ const STARTS: u32 = 3;
 /// Timeout for a host to reach a fault point, and for an opportunity to cut.
 const CHANCE: Duration = Duration::from_secs(12);
 
+/// How long to wait for acknowledgements of commits that are not on disk.
+const ACKED_BEFORE_THE_DISK: Duration = Duration::from_secs(4);
+
 /// Alarms with thresholds so low that they are raised and cleared all the time.
 const ALARM: &str = "[worker.alarm]\ndead_letters = 10\nunpublished_age = \"1s\"\nunhandled_age = \"2s\"\nclear_after = \"1s\"";
 
@@ -197,6 +200,8 @@ pub enum Act {
     Pause,
     Terminate,
     StopDatabase,
+    /// Stops the database while commits of acknowledged messages are not on disk.
+    LoseCommits,
     KillBroker,
     RollBack,
     Cut(Cut),
@@ -220,6 +225,7 @@ impl Act {
             Act::Pause => "host paused",
             Act::Terminate => "database connection terminated",
             Act::StopDatabase => "database stopped",
+            Act::LoseCommits => "database stopped before acknowledged commits were on disk",
             Act::KillBroker => "broker killed",
             Act::RollBack => "streams rolled back",
             Act::Cut(Cut::CommitNotForwarded) => "commit cut before it arrived",
@@ -688,11 +694,16 @@ impl Campaign {
                 let acked = self.passes(fault::AFTER_ACK);
                 self.until_acked(acked).await;
                 self.sleep_randomly(50, 300).await;
-                let cluster = self.cluster.as_mut().context("find the cluster")?;
-                cluster.stop()?;
-                tokio::time::sleep(Duration::from_millis(self.random.random_range(0..800))).await;
-                cluster.start_again()?;
+                self.restart_database().await?;
                 self.record("database stopped");
+            }
+            Act::LoseCommits => {
+                self.running().await?;
+                let are_lost = self.until_acked_before_the_disk().await?;
+                self.restart_database().await?;
+                if are_lost {
+                    self.record(act.label());
+                }
             }
             Act::KillBroker => {
                 self.running().await?;
@@ -721,6 +732,41 @@ impl Campaign {
             }
         }
         Ok(())
+    }
+
+    /// Stops the database like a crash, and starts it again.
+    async fn restart_database(&mut self) -> Result<()> {
+        let time = Duration::from_millis(self.random.random_range(0..800));
+        let cluster = self.cluster.as_mut().context("find the cluster")?;
+        cluster.stop()?;
+        tokio::time::sleep(time).await;
+        cluster.start_again()
+    }
+
+    /// Waits until messages are acknowledged again and again while nothing is written to disk.
+    /// Returns false if that does not happen, as with commits that wait for the disk.
+    async fn until_acked_before_the_disk(&mut self) -> Result<bool> {
+        let written = "select pg_wal_lsn_diff(pg_current_wal_flush_lsn(), '0/0')::bigint";
+        let end = Instant::now() + ACKED_BEFORE_THE_DISK;
+        let (mut before, mut acked, mut times) = (-1, 0, 0);
+        while Instant::now() < end {
+            let (written, now) = (
+                self.world.database.number(written).await?,
+                self.passes(fault::AFTER_ACK),
+            );
+            if written != before {
+                (before, times) = (written, 0);
+            } else if now > acked {
+                times += 1;
+            }
+            acked = now;
+            // The first of these commits may have been on disk before.
+            if times == 3 {
+                return Ok(true);
+            }
+            tokio::time::sleep(Duration::from_millis(30)).await;
+        }
+        Ok(false)
     }
 
     /// Switches the relay mode under load.
