@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-languages bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools links prose format lint docs deny advisories dist run-tests
+.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-curves bench-languages bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools links prose format lint docs deny advisories dist run-tests
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,6 +60,10 @@ bench-http: install-tools ## Compare requests over HTTP with hand-written servic
 	cargo build --locked --release -p oncely -p oncely-tests
 	target/release/bench --http 5
 	target/release/bench --requests 5 $(ARGS)
+
+bench-curves: install-tools ## Measure messages per second as the work grows, and draw docs/curves.svg: 15 minutes
+	cargo build --locked --release -p oncely -p oncely-tests
+	target/release/bench --curves --rounds 3 $(ARGS)
 
 bench-languages: install-tools ## Compare the languages of handlers, from the first build to messages per second: 15 minutes
 	cargo build --locked --release -p oncely -p oncely-tests

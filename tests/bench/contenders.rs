@@ -40,12 +40,38 @@ pub enum Mix {
     Duplicates(usize),
 }
 
+/// The size of the work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    pub keys: usize,
+    /// Bytes of padding in each message, and in its output.
+    pub padding: usize,
+    /// Statements beside the work of the contender.
+    pub statements: usize,
+    /// Hosts on one database.
+    pub hosts: usize,
+    /// Rows that are in the inbox before.
+    pub inbox: usize,
+}
+
+impl Size {
+    pub const USUAL: Size = Size {
+        keys: 1_000,
+        padding: 0,
+        statements: 0,
+        hosts: 1,
+        inbox: 0,
+    };
+}
+
+#[derive(Debug, Clone, Copy)]
 pub struct Contender {
     pub name: &'static str,
     pub description: &'static str,
     pub implementation: Implementation,
     pub work: Work,
     pub mix: Mix,
+    pub size: Size,
     /// The contender for comparison.
     pub baseline: Option<&'static str>,
 }
@@ -58,7 +84,7 @@ pub fn by_name(name: &str) -> Option<&'static Contender> {
 const SQL: &str = "[worker.retry]\nattempts = 1";
 const SQL_BATCH: &str = "isolation = \"batch\"\n[worker.retry]\nattempts = 1";
 /// Messages of a key share one lane: two lanes that change the same state would conflict.
-const STATE: &str =
+pub const STATE: &str =
     "ordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
 const STATE_BATCH: &str = "isolation = \"batch\"\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
 const STATE_SMALL: &str = "batch = 32\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
@@ -83,6 +109,7 @@ const fn host(
         implementation: Implementation::Host { settings },
         work,
         mix: Mix::Clean,
+        size: Size::USUAL,
         baseline,
     }
 }
@@ -95,6 +122,7 @@ const fn by_hand(name: &'static str, work: Work) -> Contender {
         implementation: Implementation::HandWritten,
         work,
         mix: Mix::Clean,
+        size: Size::USUAL,
         baseline: None,
     }
 }

@@ -15,6 +15,7 @@ use crate::report::Measurements;
 
 mod contenders;
 mod cpu;
+mod curves;
 mod hand_written;
 mod http;
 mod instances;
@@ -62,6 +63,9 @@ struct Options {
     /// Further lines of the worker's manifest, such as `batch = 1`.
     #[arg(long, default_value = "", requires = "requests")]
     settings: String,
+    /// Measure how messages per second change as the work grows instead.
+    #[arg(long)]
+    curves: bool,
     /// Compare the languages of handlers instead.
     #[arg(long)]
     languages: bool,
@@ -101,6 +105,12 @@ async fn main() -> Result<()> {
         let time = Duration::from_secs(seconds);
         let report = requests::measure(time, options.rounds, &options.settings).await?;
         return write("requests.json", &report);
+    }
+    if options.curves {
+        let cluster = tokio::task::spawn_blocking(Cluster::start_durable).await??;
+        let drawing = guests::repository().join("docs/curves.svg");
+        let report = curves::measure(&cluster, options.messages, options.rounds, &drawing).await?;
+        return write("curves.json", &report);
     }
     if options.languages {
         let report = languages::measure(options.rounds, options.only.as_deref()).await?;

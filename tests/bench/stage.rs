@@ -11,13 +11,12 @@ use support::database::{Database, Kind};
 use support::guests;
 use support::nats::NewMessage;
 use support::postgres::Cluster;
+use support::production::RunningHost;
 use support::world::{World, manifest, manifest_of};
 use tokio::task::JoinHandle;
 
 use crate::contenders::{Contender, Implementation, Mix, Work};
 use crate::{PATIENCE, cpu, hand_written, native};
-
-const KEYS: usize = 1_000;
 
 /// Messages between an original and its duplicate.
 const DISTANCE: usize = 777;
@@ -76,6 +75,7 @@ pub async fn measure(
     messages: usize,
 ) -> Result<Measured> {
     let mut world = prepare(contender, cluster).await?;
+    fill_inbox(&world, contender.size.inbox).await?;
     world
         .nats
         .publish_all((0..messages).map(|n| message(contender, n)).collect())
@@ -86,6 +86,9 @@ pub async fn measure(
     let work_before = DatabaseWork::of(&world.database).await?;
     let cpu_before = cpu::seconds();
     let tasks = start(contender, &mut world).await?;
+    let _others = (1..contender.size.hosts)
+        .map(|number| RunningHost::spawn(&world, &format!("host{number}")))
+        .collect::<Result<Vec<_>>>()?;
     let odd = (0..messages).filter(|n| is_odd(contender, *n)).count();
     let (poison, duplicates) = match contender.mix {
         Mix::Duplicates(_) => (0, odd),
@@ -171,6 +174,20 @@ pub async fn start(
     }
 }
 
+/// Inserts rows of other events into the inbox.
+async fn fill_inbox(world: &World, rows: usize) -> Result<()> {
+    if rows == 0 {
+        return Ok(());
+    }
+    let insert = format!(
+        "insert into oncely.inbox (worker, event_id, state, payload_sha256, stream, stream_sequence, partition)
+         select 'test', 'earlier-' || n, 'done', sha256(n::text::bytea), 'IN', n, (oncely.inbox_partitions()).current
+         from generate_series(1, {rows}) n"
+    );
+    world.database.execute(&insert).await?;
+    world.database.execute("vacuum analyze").await
+}
+
 /// What PostgreSQL has done so far.
 #[derive(Default)]
 struct DatabaseWork {
@@ -218,9 +235,20 @@ pub fn message(contender: &Contender, n: usize) -> NewMessage {
         Mix::Duplicates(_) if is_odd => n - DISTANCE,
         _ => n,
     };
-    let key = format!("k{}", n % KEYS);
-    let body = json!({ "key": key, "ordered": contender.work == Work::StateInOrder });
-    let mut message = NewMessage::new("in.x", &format!("e{n}"), behaviour, &body.to_string());
+    let size = contender.size;
+    let key = format!("k{}", n % size.keys);
+    let is_ordered = contender.work == Work::StateInOrder;
+    let mut body = json!({ "key": key, "ordered": is_ordered });
+    if size.padding > 0 {
+        body["padding"] = size.padding.into();
+        body["filler"] = "x".repeat(size.padding).into();
+    }
+    let mut behaviour = behaviour.to_owned();
+    if size.statements > 0 {
+        body["n"] = 0.into();
+        behaviour = format!("{}{behaviour}", "insert,".repeat(size.statements));
+    }
+    let mut message = NewMessage::new("in.x", &format!("e{n}"), &behaviour, &body.to_string());
     message.headers.push(("Key".to_owned(), key));
     message
 }

@@ -45,9 +45,9 @@ pub struct PendingRequest {
 /// The result of a group. Its requests have their outcomes, except those that are left.
 #[derive(Default)]
 pub struct GroupResult {
-    /// A request that takes long. It runs alone.
-    pub slow: Option<PendingRequest>,
-    /// The requests behind it, which did not run.
+    /// Requests that take long. Each runs alone.
+    pub slow: Vec<PendingRequest>,
+    /// The requests behind the last of them, which did not run.
     pub left: Vec<PendingRequest>,
     /// Number of times that requests had to run again.
     pub reruns: u32,
@@ -560,7 +560,7 @@ fn finish(
     for (request, fate) in group.into_iter().zip(fates) {
         match fate {
             Fate::Pending => result.left.push(request),
-            Fate::Slow => result.slow = Some(request),
+            Fate::Slow => result.slow.push(request),
             fate => {
                 let outputs = match fate {
                     Fate::Responded(_) => std::mem::take(&mut outputs),
@@ -572,7 +572,7 @@ fn finish(
     }
 }
 
-/// Takes out the request that takes long.
+/// Takes out a request that takes long.
 fn without_slow(
     group: Vec<PendingRequest>,
     fates: Vec<Fate>,
@@ -581,7 +581,7 @@ fn without_slow(
     let mut others = Vec::with_capacity(group.len());
     for (request, fate) in group.into_iter().zip(fates) {
         match fate {
-            Fate::Slow => result.slow = Some(request),
+            Fate::Slow => result.slow.push(request),
             _ => others.push(request),
         }
     }

@@ -56,6 +56,14 @@ struct QueuedRequest {
     is_slow: bool,
 }
 
+/// The requests of the next transaction.
+struct Group {
+    requests: Vec<PendingRequest>,
+    savepoints: Savepoints,
+    /// Whether it is one request that takes long.
+    is_slow: bool,
+}
+
 /// Counts a request until dropped.
 pub struct InFlight<'w>(&'w HttpWorker);
 
@@ -140,18 +148,19 @@ impl HttpWorker {
             // Take the requests that wait.
             let limit = worker.lane_limit.acquire().await;
             let _permit = worker.permits.acquire().await;
-            let Some((group, savepoints)) = worker.take_group() else {
+            let Some(group) = worker.take_group() else {
                 return;
             };
+            // The limit is for groups, which a slow request must not hold up.
+            let limit = Some(limit).filter(|_| !group.is_slow);
 
             // Handle them.
-            let members = group.len();
-            let result = worker.delivery.handle_group(group, savepoints).await;
+            let handled = worker
+                .delivery
+                .handle_group(group.requests, group.savepoints);
+            let result = handled.await;
             worker.record(&result);
-            // Requests that were alone in their transactions conflict no less with fewer lanes.
-            if members > 1 {
-                worker.lane_limit.record_conflicts(result.conflicts);
-            }
+            worker.lane_limit.record_conflicts(result.conflicts);
             drop(limit);
             worker.requeue(result);
         }
@@ -184,8 +193,10 @@ impl HttpWorker {
         for request in result.left.into_iter().rev() {
             queue.waiting.push_front(returned(request, false));
         }
-        let slow = result.slow.map(|request| returned(request, true));
-        queue.waiting.extend(slow);
+        let slow = result.slow.into_iter();
+        queue
+            .waiting
+            .extend(slow.map(|request| returned(request, true)));
     }
 
     /// Takes a request out of the queue. Returns false if a lane has taken it.
@@ -197,23 +208,31 @@ impl HttpWorker {
     }
 
     /// The next requests to handle in one transaction.
-    fn take_group(self: &Arc<Self>) -> Option<(Vec<PendingRequest>, Savepoints)> {
+    fn take_group(self: &Arc<Self>) -> Option<Group> {
         let mut queue = self.queue();
-        let quick = queue.waiting.iter().take_while(|queued| !queued.is_slow);
-        let (quick, max) = (quick.count(), queue.group_size.current());
-        let size = quick.min(max).max(1).min(queue.waiting.len());
-        let group = queue.waiting.drain(..size).map(|queued| queued.request);
-        let group: Vec<PendingRequest> = group.collect();
+        let is_slow = queue.waiting.front()?.is_slow;
+        let max = match is_slow {
+            true => 1,
+            false => queue.group_size.current(),
+        };
+        let same = queue
+            .waiting
+            .iter()
+            .take_while(|queued| queued.is_slow == is_slow);
+        let size = same.take(max).count();
+        let requests = queue.waiting.drain(..size).map(|queued| queued.request);
+        let requests = requests.collect();
         let savepoints = queue.group_size.savepoints();
         drop(queue);
-        if group.is_empty() {
-            return None;
-        }
         // The requests behind a slow one go to another lane.
-        if quick == 0 {
+        if is_slow {
             self.open_lane(self.max_lanes());
         }
-        Some((group, savepoints))
+        Some(Group {
+            requests,
+            savepoints,
+            is_slow,
+        })
     }
 
     /// Adapts the size of groups.
