@@ -33,8 +33,8 @@ const POINTS: [&str; 6] = [
     fault::AFTER_COMMIT,
 ];
 
-/// Operations posted concurrently.
-const AT_ONCE: usize = 4;
+/// Operations posted at the same time. They share transactions.
+const AT_ONCE: usize = 12;
 
 /// Delay between operations, which leaves time for faults.
 const OPERATION_INTERVAL: Duration = Duration::from_millis(150);

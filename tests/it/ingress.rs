@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use support::database::Kind;
 use support::eventually::{eventually, eventually_within};
 use support::guests;
+use support::metrics;
 use support::nats::Stored;
 use support::world::{PATIENCE, World, http_manifest};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -130,6 +131,16 @@ async fn post(world: &World, key: &str, what: &Value) -> Result<TestResponse> {
             .header("Idempotency-Key", key)
             .json(what),
     )
+    .await
+}
+
+/// Waits until the host handles a request.
+async fn until_in_flight(world: &World) -> Result<()> {
+    eventually("a request is in flight", || async {
+        let text = metrics::scrape(world).await?;
+        let series = r#"oncely_in_flight_messages{worker="test"}"#;
+        Ok((metrics::value(&text, series) == Some(1.0)).then_some(()))
+    })
     .await
 }
 

@@ -278,7 +278,7 @@ impl Delivery {
             items.iter_mut().filter(|item| item.is_pending()).collect();
         if fresh.is_empty() {
             tx.rollback().await;
-            return Ok(GroupEnd::finished(Vec::new()));
+            return Ok(GroupEnd::without_outputs());
         }
 
         // Run the handlers.
@@ -313,7 +313,7 @@ impl Delivery {
                 self.cache
                     .commit(name, &effects.cache, read_version, None)
                     .await;
-                Ok(GroupEnd::finished(Vec::new()))
+                Ok(GroupEnd::without_outputs())
             }
         }
     }
@@ -439,7 +439,7 @@ impl Delivery {
         // A failed request without a key has nothing to commit.
         let Some(first) = items.iter().find(|item| item.has_effects()) else {
             tx.rollback().await;
-            return Ok(GroupEnd::finished(Vec::new()));
+            return Ok(GroupEnd::without_outputs());
         };
         let event_id = first.message.event_id.clone();
 
@@ -474,7 +474,7 @@ impl Delivery {
                     let cause = anyhow::anyhow!("{cause:#}");
                     item.fate = Fate::Settled(RequestOutcome::Unclear(cause));
                 }
-                Ok(GroupEnd::finished(Vec::new()))
+                Ok(GroupEnd::without_outputs())
             }
             Err(error) => refused(items, error),
         }
@@ -541,7 +541,7 @@ fn refused(items: &mut [&mut Item<'_>], error: StoreError) -> Result<GroupEnd, S
         (StoreError::Conflict(cause), _) => Ok(GroupEnd::Conflict(cause)),
         (StoreError::Refused(cause), [item]) => {
             item.fate = Fate::Settled(commit_refused(&cause));
-            Ok(GroupEnd::finished(Vec::new()))
+            Ok(GroupEnd::without_outputs())
         }
         (StoreError::Refused(_), _) => Ok(GroupEnd::RunIndividually),
         (error, _) => Err(error),
@@ -612,9 +612,9 @@ fn same_for_each(error: &StoreError) -> StoreError {
 }
 
 impl GroupEnd {
-    fn finished(outputs: Vec<OutboxRow>) -> Self {
+    fn without_outputs() -> Self {
         GroupEnd::Finished {
-            outputs,
+            outputs: Vec::new(),
             leased_at: Instant::now(),
         }
     }

@@ -2,7 +2,6 @@
 
 use futures::future::{join_all, try_join_all};
 use reqwest::Client;
-use support::metrics;
 
 use super::*;
 
@@ -26,12 +25,7 @@ async fn post_together(world: &World, requests: &[Value]) -> Result<Vec<(TestRes
         }
     };
     let first = tokio::spawn(post(json!({ "event": "first", "do": ["slow"], "ms": 100 })));
-    eventually("the lane is busy", || async {
-        let text = metrics::scrape(world).await?;
-        let series = r#"oncely_in_flight_messages{worker="test"}"#;
-        Ok((metrics::value(&text, series) == Some(1.0)).then_some(()))
-    })
-    .await?;
+    until_in_flight(world).await?;
     let responses = try_join_all(requests.iter().cloned().map(post)).await?;
     let (first, _) = first.await??;
     assert_eq!(first.status, StatusCode::OK, "{first:?}");
@@ -194,3 +188,27 @@ both!(
         Ok(())
     }
 );
+
+/// A request that no lane takes for ten seconds is refused, and was not handled.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_waits_too_long_is_refused() -> Result<()> {
+    let route = "\n[[worker.route]]\npath = \"/do/{*what}\"\n";
+    let one_lane = "name = \"test\"\nconcurrency = 1\n";
+    let manifest = http_manifest("12s", route)?.replace("name = \"test\"\n", one_lane);
+    let world = World::start(Kind::Sqlite, &manifest).await?;
+    let url = format!("{}/do/it", world.ingress_url()?);
+    let spin = json!({ "event": "spin", "do": ["spin"] });
+    let request = Client::new().post(url).header("Idempotency-Key", "spin");
+    let spinning = tokio::spawn(send(request.json(&spin)));
+    until_in_flight(&world).await?;
+    let refused = post(&world, "e", &everything("e")).await?;
+    assert_eq!(
+        (refused.status.as_u16(), refused.code().as_str()),
+        (503, "busy")
+    );
+    assert_eq!(spinning.await??.code(), "handler-timeout");
+    assert_eq!(effects(&world, "e").await?, (0, 0));
+    let handled = post(&world, "e", &everything("e")).await?;
+    assert!(handled.status == StatusCode::OK && !handled.replayed());
+    Ok(())
+}

@@ -1,6 +1,5 @@
 //! Heads of requests and responses: hosts, bytes of header values, statuses.
 
-use support::metrics;
 use support::nats::NewMessage;
 use support::world;
 

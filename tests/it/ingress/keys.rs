@@ -1,7 +1,5 @@
 //! The table of idempotency keys, row by row.
 
-use support::metrics;
-
 use super::*;
 
 both!(
@@ -159,7 +157,7 @@ both!(
                 .await
             }
         });
-        in_flight(&world).await?;
+        until_in_flight(&world).await?;
         let mut codes = Vec::new();
         while !first.is_finished() {
             // A request with another body is refused before it waits.
@@ -248,14 +246,4 @@ async fn requests_in_flight_are_known_to_other_hosts() -> Result<()> {
     assert!(again.replayed(), "{again:?}");
     assert_eq!(effects(&world, "e").await?, (1, 2));
     Ok(())
-}
-
-/// Waits until the host handles a request.
-async fn in_flight(world: &World) -> Result<()> {
-    eventually("a request is in flight", || async {
-        let text = metrics::scrape(world).await?;
-        let series = r#"oncely_in_flight_messages{worker="test"}"#;
-        Ok((metrics::value(&text, series) == Some(1.0)).then_some(()))
-    })
-    .await
 }
