@@ -1,6 +1,6 @@
 //! One campaign: a host on one database under load, all faults of a plan, and then the checks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -35,9 +35,6 @@ const STARTS: u32 = 3;
 
 /// Timeout for a host to reach a fault point, and for an opportunity to cut.
 const CHANCE: Duration = Duration::from_secs(12);
-
-/// How long to wait for acknowledgements of commits that are not on disk.
-const ACKED_BEFORE_THE_DISK: Duration = Duration::from_secs(4);
 
 /// Alarms with thresholds so low that they are raised and cleared all the time.
 const ALARM: &str = "[worker.alarm]\ndead_letters = 10\nunpublished_age = \"1s\"\nunhandled_age = \"2s\"\nclear_after = \"1s\"";
@@ -200,7 +197,7 @@ pub enum Act {
     Pause,
     Terminate,
     StopDatabase,
-    /// Stops the database while commits of acknowledged messages are not on disk.
+    /// Crashes the database so that it loses commits, which it must not be able to.
     LoseCommits,
     KillBroker,
     RollBack,
@@ -225,7 +222,7 @@ impl Act {
             Act::Pause => "host paused",
             Act::Terminate => "database connection terminated",
             Act::StopDatabase => "database stopped",
-            Act::LoseCommits => "database stopped before acknowledged commits were on disk",
+            Act::LoseCommits => "database crashed and lost commits",
             Act::KillBroker => "broker killed",
             Act::RollBack => "streams rolled back",
             Act::Cut(Cut::CommitNotForwarded) => "commit cut before it arrived",
@@ -694,14 +691,16 @@ impl Campaign {
                 let acked = self.passes(fault::AFTER_ACK);
                 self.until_acked(acked).await;
                 self.sleep_randomly(50, 300).await;
-                self.restart_database().await?;
+                let time = Duration::from_millis(self.random.random_range(0..800));
+                let cluster = self.cluster.as_mut().context("find the cluster")?;
+                cluster.stop()?;
+                tokio::time::sleep(time).await;
+                cluster.start_again()?;
                 self.record("database stopped");
             }
             Act::LoseCommits => {
                 self.running().await?;
-                let are_lost = self.until_acked_before_the_disk().await?;
-                self.restart_database().await?;
-                if are_lost {
+                if self.crash_database().await? {
                     self.record(act.label());
                 }
             }
@@ -734,39 +733,24 @@ impl Campaign {
         Ok(())
     }
 
-    /// Stops the database like a crash, and starts it again.
-    async fn restart_database(&mut self) -> Result<()> {
+    /// Crashes the database between commits of the host, and starts it again. Returns whether
+    /// events that were settled before are unknown afterwards.
+    async fn crash_database(&mut self) -> Result<bool> {
+        let settled =
+            "select worker, event_id from oncely.inbox order by settled_at desc limit 500";
+        let acked = self.passes(fault::AFTER_ACK);
+        self.until_acked(acked).await;
+        let before = self.world.database.rows(settled).await?;
+        // What was settled is acknowledged meanwhile.
+        tokio::time::sleep(Duration::from_millis(20)).await;
         let time = Duration::from_millis(self.random.random_range(0..800));
         let cluster = self.cluster.as_mut().context("find the cluster")?;
-        cluster.stop()?;
+        cluster.crash()?;
         tokio::time::sleep(time).await;
-        cluster.start_again()
-    }
-
-    /// Waits until messages are acknowledged again and again while nothing is written to disk.
-    /// Returns false if that does not happen, as with commits that wait for the disk.
-    async fn until_acked_before_the_disk(&mut self) -> Result<bool> {
-        let written = "select pg_wal_lsn_diff(pg_current_wal_flush_lsn(), '0/0')::bigint";
-        let end = Instant::now() + ACKED_BEFORE_THE_DISK;
-        let (mut before, mut acked, mut times) = (-1, 0, 0);
-        while Instant::now() < end {
-            let (written, now) = (
-                self.world.database.number(written).await?,
-                self.passes(fault::AFTER_ACK),
-            );
-            if written != before {
-                (before, times) = (written, 0);
-            } else if now > acked {
-                times += 1;
-            }
-            acked = now;
-            // The first of these commits may have been on disk before.
-            if times == 3 {
-                return Ok(true);
-            }
-            tokio::time::sleep(Duration::from_millis(30)).await;
-        }
-        Ok(false)
+        cluster.start_again()?;
+        let after = "select worker, event_id from oncely.inbox";
+        let after: HashSet<_> = self.world.database.rows(after).await?.into_iter().collect();
+        Ok(before.iter().any(|event| !after.contains(event)))
     }
 
     /// Switches the relay mode under load.

@@ -41,7 +41,7 @@ impl Exposure {
                 ..acts(&[(Act::Cut(Cut::CommitDelayed), 4)])
             },
             // The server writes asynchronous commits seconds later, so a stop loses the last ones.
-            "synchronous_commit_off" => acts(&[(Act::LoseCommits, 3)]),
+            "synchronous_commit_off" => acts(&[(Act::LoseCommits, 2)]),
             // Unpublished outputs are left to the poller.
             "cursor_by_seq" => acts(&[(Act::Cut(Cut::OutputsNotForwarded), 4), (Act::Kill, 2)]),
             // Outputs are marked as published but did not arrive.

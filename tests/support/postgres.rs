@@ -155,6 +155,20 @@ impl Cluster {
         ])
     }
 
+    /// Like [`Cluster::stop`], within milliseconds.
+    pub fn crash(&self) -> anyhow::Result<()> {
+        let file = self.folder.join("data/postmaster.pid");
+        let text = std::fs::read_to_string(&file).context("read the server's process id")?;
+        let pid = text.lines().next().context("find the process id")?;
+        run("kill", &["-QUIT", pid.trim()])?;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while file.exists() {
+            ensure!(Instant::now() < deadline, "PostgreSQL did not end in time");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
     pub fn port(&self) -> u16 {
         self.port
     }
