@@ -44,7 +44,7 @@ fuzz-sql-short: ## Fuzz for one minute
 # Example of ARGS: `--seed 7 --show 1000`.
 FUZZ_SQL = cargo run --quiet --locked -p oncely-tests --bin fuzz-sql --
 
-bench: install-tools ## Compare a release build with a hand-written loop: 15 minutes
+bench: install-tools ## Compare a release build with hand-written programs: 20 minutes
 	cargo build --locked --release -p oncely -p oncely-tests
 	target/release/bench $(ARGS)
 
