@@ -47,6 +47,13 @@ impl AdaptiveBatchSize {
         self.size.min(self.fitting.round() as usize).max(1)
     }
 
+    /// Like [`AdaptiveBatchSize::current`], for a batch that may take longer than usual.
+    pub fn within(&self, time: Duration) -> usize {
+        let longer = time.as_secs_f64() / self.time.as_secs_f64();
+        let fitting = self.fitting * longer.max(1.0);
+        self.size.min(fitting.round() as usize).max(1)
+    }
+
     /// A savepoint per item while items are likely to fail after they ran SQL. It costs less than a
     /// rerun of the others.
     pub fn savepoints(&self) -> Savepoints {
@@ -111,6 +118,8 @@ mod tests {
         };
         assert_eq!(each(&mut batch_size, Duration::from_millis(1)), 32);
         assert_eq!(each(&mut batch_size, Duration::from_millis(50)), 10);
+        let within = |time| batch_size.within(Duration::from_millis(time));
+        assert_eq!([within(100), within(1_000), within(9_000)], [10, 20, 32]);
         assert_eq!(each(&mut batch_size, Duration::from_secs(3)), 1);
         assert_eq!(each(&mut batch_size, Duration::from_micros(10)), 32);
     }

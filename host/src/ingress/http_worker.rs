@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, oneshot, watch};
 
@@ -52,6 +52,7 @@ struct QueuedRequest {
     /// Its position among all requests so far; 0 for one that a lane returned.
     number: u64,
     request: PendingRequest,
+    since: Instant,
     /// Whether it runs in a transaction of its own, because it takes long.
     is_slow: bool,
 }
@@ -177,6 +178,7 @@ impl HttpWorker {
         queue.waiting.push_back(QueuedRequest {
             number,
             request,
+            since: Instant::now(),
             is_slow: false,
         });
         number
@@ -187,6 +189,7 @@ impl HttpWorker {
         let returned = |request, is_slow| QueuedRequest {
             number: 0,
             request,
+            since: Instant::now(),
             is_slow,
         };
         let mut queue = self.queue();
@@ -210,10 +213,12 @@ impl HttpWorker {
     /// The next requests to handle in one transaction.
     fn take_group(self: &Arc<Self>) -> Option<Group> {
         let mut queue = self.queue();
-        let is_slow = queue.waiting.front()?.is_slow;
+        let first = queue.waiting.front()?;
+        let is_slow = first.is_slow;
+        // The more requests wait, the more a larger group shortens their wait.
         let max = match is_slow {
             true => 1,
-            false => queue.group_size.current(),
+            false => queue.group_size.within(first.since.elapsed()),
         };
         let same = queue
             .waiting
