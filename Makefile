@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-curves bench-languages bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools links prose format lint docs deny advisories dist run-tests
+.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-curves bench-languages bench-peers bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools links prose format lint docs deny advisories dist run-tests
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -68,6 +68,12 @@ bench-curves: install-tools ## Measure messages per second as the work grows, an
 bench-languages: install-tools ## Compare the languages of handlers, from the first build to messages per second: 15 minutes
 	cargo build --locked --release -p oncely -p oncely-tests
 	target/release/bench --languages $(ARGS)
+
+bench-peers: install-tools ## Compare keyed state with Restate and DBOS, which it installs in target/: 15 minutes
+	scripts/install-peers
+	CARGO_TARGET_DIR=target/peers cargo build --locked --release --manifest-path tests/peers/restate/Cargo.toml
+	cargo build --locked --release -p oncely -p oncely-tests
+	target/release/bench --peers $(ARGS)
 
 bench-retention: install-tools ## Insert and expire ten million rows of inbox and outbox: 30 minutes
 	cargo build --locked --release -p oncely-tests --bin bench

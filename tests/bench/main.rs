@@ -22,6 +22,7 @@ mod instances;
 mod languages;
 mod latency;
 mod native;
+mod peers;
 mod relay;
 mod report;
 mod requests;
@@ -69,6 +70,9 @@ struct Options {
     /// Compare the languages of handlers instead.
     #[arg(long)]
     languages: bool,
+    /// Compare the contender `state` with Restate and DBOS instead.
+    #[arg(long)]
+    peers: bool,
     /// Write this many rows through the inbox and outbox of both databases instead, with retention.
     #[arg(long, value_name = "ROWS")]
     retention: Option<usize>,
@@ -115,6 +119,10 @@ async fn main() -> Result<()> {
     if options.languages {
         let report = languages::measure(options.rounds, options.only.as_deref()).await?;
         return write("languages.json", &report);
+    }
+    if options.peers {
+        let report = peers::measure(options.messages, options.rounds).await?;
+        return write("peers.json", &report);
     }
     if let Some(rows) = options.retention {
         let report = retention::measure(rows).await?;

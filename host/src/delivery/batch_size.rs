@@ -54,6 +54,11 @@ impl AdaptiveBatchSize {
         self.size.min(fitting.round() as usize).max(1)
     }
 
+    /// How long one message or request is expected to take.
+    pub fn expected(&self) -> Duration {
+        self.time.div_f64(self.fitting.max(1e-3))
+    }
+
     /// A savepoint per item while items are likely to fail after they ran SQL. It costs less than a
     /// rerun of the others.
     pub fn savepoints(&self) -> Savepoints {

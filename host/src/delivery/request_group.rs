@@ -28,9 +28,6 @@ use crate::model::request::HttpResponse;
 use crate::store::conflict::pause_after;
 use crate::store::{KeptResponse, OutboxRow, StoreError, Tx};
 
-/// How long the others of a group wait for one handler. Then it is stopped, and runs alone.
-const PATIENCE: Duration = Duration::from_millis(20);
-
 /// How many requests of a refused group are handled at once.
 const INDIVIDUALLY_AT_ONCE: usize = 4;
 
@@ -151,7 +148,7 @@ impl Delivery {
         let mut conflicts = 0;
         loop {
             let mut items = [Item::new(incoming)];
-            let ended = self.run_together(&mut items, savepoints, runs).await;
+            let ended = self.run_together(&mut items, savepoints, None, runs).await;
             let [item] = items;
             let cause = match ended {
                 Ok(GroupEnd::Finished { outputs, leased_at }) => {
@@ -179,12 +176,14 @@ impl Delivery {
         }
     }
 
-    /// Handles requests that may write in one transaction, as far as they can share it. The future
-    /// must run to completion, like that of [`Delivery::deliver`].
+    /// Handles requests that may write in one transaction, as far as they can share it. A handler
+    /// that takes longer than `patience` is stopped while others wait for it. The future must run
+    /// to completion, like that of [`Delivery::deliver`].
     pub async fn handle_group(
         &self,
         mut group: Vec<PendingRequest>,
         mut savepoints: Savepoints,
+        patience: Duration,
     ) -> GroupResult {
         let mut result = GroupResult::default();
         while group.len() > 1 {
@@ -193,7 +192,9 @@ impl Delivery {
                 .map(|request| Item::new(&request.incoming))
                 .collect();
             let runs = &mut result.handlers;
-            let ended = self.run_together(&mut items, savepoints, runs).await;
+            let ended = self
+                .run_together(&mut items, savepoints, Some(patience), runs)
+                .await;
             let fates: Vec<Fate> = items.into_iter().map(|item| item.fate).collect();
             match ended {
                 Ok(GroupEnd::Finished { outputs, leased_at }) => {
@@ -258,6 +259,7 @@ impl Delivery {
         &self,
         items: &mut [Item<'_>],
         savepoints: Savepoints,
+        patience: Option<Duration>,
         runs: &mut HandlerRuns,
     ) -> Result<GroupEnd, StoreError> {
         // Claim the idempotency keys.
@@ -285,7 +287,14 @@ impl Delivery {
         let shared_tx = SharedTx::new(self.store.dialect(), tx);
         let mut effects = Effects::default();
         let ended = self
-            .run_handlers(&mut fresh, &shared_tx, savepoints, &mut effects, runs)
+            .run_handlers(
+                &mut fresh,
+                &shared_tx,
+                savepoints,
+                patience,
+                &mut effects,
+                runs,
+            )
             .await;
         let tx = shared_tx.take_tx().await?;
         fault::point(fault::AFTER_GUEST);
@@ -325,17 +334,18 @@ impl Delivery {
         items: &mut [&mut Item<'_>],
         shared_tx: &SharedTx,
         savepoints: Savepoints,
+        patience: Option<Duration>,
         effects: &mut Effects,
         runs: &mut HandlerRuns,
     ) -> anyhow::Result<Option<GroupEnd>> {
-        let is_alone = items.len() == 1;
+        let patience = patience.filter(|_| items.len() > 1);
         for item in items {
             let began = Instant::now();
             if savepoints == Savepoints::PerItem {
                 shared_tx.begin_item().await;
             }
             let returned = self
-                .call_handler(item, shared_tx, effects, is_alone)
+                .call_handler(item, shared_tx, effects, patience)
                 .await?;
             runs.calls += 1;
             runs.time += began.elapsed();
@@ -368,12 +378,12 @@ impl Delivery {
         item: &Item<'_>,
         shared_tx: &SharedTx,
         effects: &mut Effects,
-        is_alone: bool,
+        patience: Option<Duration>,
     ) -> anyhow::Result<Option<CallOutcome>> {
         // A stopped call takes its state with it.
-        let state = match is_alone {
-            true => std::mem::take(&mut effects.state),
-            false => effects.state.clone(),
+        let state = match patience {
+            None => std::mem::take(&mut effects.state),
+            Some(_) => effects.state.clone(),
         };
         let messages = vec![Arc::clone(&item.message)];
         let request = item.incoming.call(&self.worker.name);
@@ -381,12 +391,12 @@ impl Delivery {
         let running = self
             .call(messages, 1, shared_tx, state, None, Some(request))
             .instrument(span);
-        match is_alone {
-            true => running.await.map(Some),
-            false => match tokio::time::timeout(PATIENCE, running).await {
-                Ok(outcome) => outcome.map(Some),
-                Err(_) => Ok(None),
-            },
+        let Some(patience) = patience else {
+            return running.await.map(Some);
+        };
+        match tokio::time::timeout(patience, running).await {
+            Ok(outcome) => outcome.map(Some),
+            Err(_) => Ok(None),
         }
     }
 

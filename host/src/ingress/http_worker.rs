@@ -25,6 +25,10 @@ const CAPACITY_TIMEOUT: Duration = Duration::from_secs(10);
 /// requests keep gathering while lanes make progress.
 const LANE_TIMEOUT: Duration = REQUESTS_TIME.saturating_mul(2);
 
+/// How long the requests of a group wait for one of them at least. A handler that takes far longer
+/// than usual runs alone; on a busy machine, each one takes long now and then.
+const PATIENCE_MIN: Duration = Duration::from_millis(100);
+
 /// Handlers of which no more fit in a group are slow: each request gets a lane at once.
 const SLOW_GROUP: usize = 2;
 
@@ -61,6 +65,8 @@ struct QueuedRequest {
 struct Group {
     requests: Vec<PendingRequest>,
     savepoints: Savepoints,
+    /// How long they wait for one of them.
+    patience: Duration,
     /// Whether it is one request that takes long.
     is_slow: bool,
 }
@@ -156,9 +162,10 @@ impl HttpWorker {
             let limit = Some(limit).filter(|_| !group.is_slow);
 
             // Handle them.
-            let handled = worker
-                .delivery
-                .handle_group(group.requests, group.savepoints);
+            let handled =
+                worker
+                    .delivery
+                    .handle_group(group.requests, group.savepoints, group.patience);
             let result = handled.await;
             worker.record(&result);
             worker.lane_limit.record_conflicts(result.conflicts);
@@ -228,6 +235,7 @@ impl HttpWorker {
         let requests = queue.waiting.drain(..size).map(|queued| queued.request);
         let requests = requests.collect();
         let savepoints = queue.group_size.savepoints();
+        let patience = PATIENCE_MIN.max(queue.group_size.expected() * 20);
         drop(queue);
         // The requests behind a slow one go to another lane.
         if is_slow {
@@ -236,6 +244,7 @@ impl HttpWorker {
         Some(Group {
             requests,
             savepoints,
+            patience,
             is_slow,
         })
     }
