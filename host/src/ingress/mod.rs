@@ -205,7 +205,7 @@ impl Ingress {
         incoming: &Arc<IncomingRequest>,
         wait: Duration,
     ) -> Result<(HttpResponse, bool), Problem> {
-        let began = Instant::now();
+        let mut first_end = None;
         loop {
             let handled = match target {
                 Target::Worker(found) => {
@@ -222,7 +222,8 @@ impl Ingress {
                     }
                 }
             };
-            let waited = began.elapsed();
+            // The time in the queue does not count.
+            let waited = first_end.get_or_insert_with(Instant::now).elapsed();
             match handled {
                 Ok(RequestOutcome::Responded {
                     response,
