@@ -28,7 +28,7 @@ pub enum Implementation {
     HostOnSqlite { settings: &'static str },
 }
 
-/// What is special about the messages.
+/// The peculiarity of the messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mix {
     Clean,
@@ -139,14 +139,12 @@ const fn native(name: &'static str, work: Work) -> Contender {
 pub const CONTENDERS: &[Contender] = &[
     by_hand("state, by hand", Work::State),
     native("state, native", Work::State),
-    Contender {
-        ..host(
-            "state",
-            "keyed state, a fresh instance per message, state_keys",
-            STATE,
-            Work::State,
-        )
-    },
+    host(
+        "state",
+        "keyed state, a fresh instance per message, state_keys",
+        STATE,
+        Work::State,
+    ),
     host(
         "state, key by key",
         "the same without state_keys",
@@ -197,14 +195,12 @@ pub const CONTENDERS: &[Contender] = &[
     },
     by_hand("sql, by hand", Work::Sql),
     native("sql, native", Work::Sql),
-    Contender {
-        ..host(
-            "sql",
-            "one statement and a fresh instance per message",
-            SQL,
-            Work::Sql,
-        )
-    },
+    host(
+        "sql",
+        "one statement and a fresh instance per message",
+        SQL,
+        Work::Sql,
+    ),
     host(
         "sql, isolation = batch",
         "one instance per batch",

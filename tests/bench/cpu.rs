@@ -36,6 +36,14 @@ pub fn micros_since(before: &BTreeMap<String, f64>, messages: usize) -> BTreeMap
         .collect()
 }
 
+/// The CPU time of each program, for people.
+pub fn describe(micros: &BTreeMap<String, f64>) -> Vec<String> {
+    let programs = micros.iter();
+    programs
+        .map(|(program, micros)| format!("{program} {micros:.0}"))
+        .collect()
+}
+
 /// The user-space tick rate of Linux, independent of the kernel's clock.
 const TICKS_PER_SECOND: f64 = 100.0;
 

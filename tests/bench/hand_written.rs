@@ -33,26 +33,36 @@ pub const TABLES: &str = "
         subject text not null, body bytea not null);
 ";
 
-/// Starts the consumer and the relay.
-pub async fn start(world: &World, work: Work) -> Result<Vec<JoinHandle<Result<()>>>> {
+/// Connects a loop without a host: creates its tables, and a consumer of the input stream.
+pub async fn connect(
+    world: &World,
+    name: &str,
+    tables: &'static str,
+    connections: u32,
+) -> Result<(PgPool, JetStream, PullConsumer)> {
     let Database::Postgres { direct, .. } = &world.database else {
         unreachable!()
     };
-
-    // One more connection for the relay.
     let pool = PgPoolOptions::new()
-        .max_connections(IN_FLIGHT as u32 + 1)
+        .max_connections(connections)
         .connect(direct)
         .await?;
-    sqlx::raw_sql(TABLES).execute(&pool).await?;
+    sqlx::raw_sql(tables).execute(&pool).await?;
     let context = jetstream::new(world.nats.client().await?);
     let stream = context.get_stream("IN").await?;
     let config = pull::Config {
-        durable_name: Some("hand".into()),
+        durable_name: Some(name.to_owned()),
         max_ack_pending: 10_000,
         ..Default::default()
     };
-    let consumer: PullConsumer = stream.create_consumer(config).await?;
+    Ok((pool, context, stream.create_consumer(config).await?))
+}
+
+/// Starts the consumer and the relay.
+pub async fn start(world: &World, work: Work) -> Result<Vec<JoinHandle<Result<()>>>> {
+    // One more connection for the relay.
+    let connections = IN_FLIGHT as u32 + 1;
+    let (pool, context, consumer) = connect(world, "hand", TABLES, connections).await?;
     let relay = tokio::spawn(relay(pool.clone(), context));
     let consume = tokio::spawn(consume(pool, consumer, work));
     Ok(vec![relay, consume])

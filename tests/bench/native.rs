@@ -10,19 +10,17 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use async_nats::HeaderMap;
-use async_nats::jetstream::{
-    self, consumer::PullConsumer, consumer::pull, context::Context as JetStream,
-};
+use async_nats::jetstream::{self, consumer::PullConsumer, context::Context as JetStream};
 use futures::StreamExt;
 use serde_json::{Value, json};
-use sqlx::postgres::{PgPool, PgPoolOptions};
+use sqlx::postgres::PgPool;
 use sqlx::{Postgres, Row, Transaction};
-use support::database::Database;
 use support::world::World;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
 use crate::contenders::Work;
+use crate::hand_written;
 
 /// Batches at the same time. A key belongs to one of them, so none waits for another.
 const LANES: usize = 2;
@@ -61,23 +59,9 @@ struct Output {
 
 /// Starts the consumer and its lanes.
 pub async fn start(world: &World, work: Work) -> Result<Vec<JoinHandle<Result<()>>>> {
-    let Database::Postgres { direct, .. } = &world.database else {
-        unreachable!()
-    };
     let connections = u32::try_from(LANES + PUBLISHING)?;
-    let pool = PgPoolOptions::new()
-        .max_connections(connections)
-        .connect(direct)
-        .await?;
-    sqlx::raw_sql(TABLES).execute(&pool).await?;
-    let context = jetstream::new(world.nats.client().await?);
-    let stream = context.get_stream("IN").await?;
-    let config = pull::Config {
-        durable_name: Some("native".into()),
-        max_ack_pending: 10_000,
-        ..Default::default()
-    };
-    let consumer: PullConsumer = stream.create_consumer(config).await?;
+    let (pool, context, consumer) =
+        hand_written::connect(world, "native", TABLES, connections).await?;
     let mut lanes = Vec::new();
     let mut tasks = Vec::new();
     for _ in 0..LANES {

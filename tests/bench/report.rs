@@ -2,10 +2,10 @@
 
 use serde_json::{Map, Value, json};
 
-/// A ratio that the benchmark is about.
+/// A ratio with its target.
 struct Target {
     name: &'static str,
-    /// What is divided by what.
+    /// Dividend and divisor.
     what: &'static str,
     wanted: Wanted,
 }

@@ -72,17 +72,13 @@ pub async fn measure(time: Duration, rounds: usize, settings: &str) -> Result<Va
                 let one = load(address, clients, time)
                     .await
                     .with_context(|| format!("{name}, {clients} clients"))?;
-                let programs = one.cpu_micros.iter();
-                let programs: Vec<String> = programs
-                    .map(|(program, micros)| format!("{program} {micros:.0}"))
-                    .collect();
                 println!(
                     "round {round}  {clients:>3} clients  {name:<8} {:>7.0} requests/s, p50 {:.1} ms, p99 {:.1} ms; µs of \
                      CPU each: {}",
                     one.rate,
                     one.p50,
                     one.p99,
-                    programs.join(", ")
+                    cpu::describe(&one.cpu_micros).join(", ")
                 );
                 measured.entry((clients, name)).or_default().push(one);
             }

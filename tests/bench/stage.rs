@@ -58,10 +58,7 @@ impl Measured {
 
     /// The costs of a message, for people.
     pub fn costs(&self) -> String {
-        let programs = self.cpu_micros.iter();
-        let mut costs: Vec<String> = programs
-            .map(|(program, micros)| format!("{program} {micros:.0}"))
-            .collect();
+        let mut costs = cpu::describe(&self.cpu_micros);
         costs.extend(self.wal_bytes.map(|bytes| format!("WAL {bytes:.0} B")));
         costs.extend(self.memory_mib.map(|memory| format!("{memory:.0} MiB")));
         format!("µs of CPU each: {}", costs.join(", "))

@@ -741,7 +741,7 @@ impl Campaign {
         let acked = self.passes(fault::AFTER_ACK);
         self.until_acked(acked).await;
         let before = self.world.database.rows(settled).await?;
-        // What was settled is acknowledged meanwhile.
+        // Settled events are acknowledged meanwhile.
         tokio::time::sleep(Duration::from_millis(20)).await;
         let time = Duration::from_millis(self.random.random_range(0..800));
         let cluster = self.cluster.as_mut().context("find the cluster")?;

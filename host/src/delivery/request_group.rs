@@ -631,7 +631,7 @@ impl GroupEnd {
 }
 
 impl PendingRequest {
-    /// Passes the outcome on. A request that nobody waits for any more has it in the database.
+    /// Passes the outcome on. Without a receiver, a retry finds it in the database.
     pub fn finish(self, outcome: Result<RequestOutcome, StoreError>) {
         let _ = self.outcome.send(outcome);
     }

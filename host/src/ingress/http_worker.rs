@@ -40,6 +40,7 @@ pub struct HttpWorker {
     permits: Semaphore,
     /// Fewer lanes while their transactions conflict.
     lane_limit: ConcurrencyLimit,
+    processors: usize,
     queue: Mutex<RequestQueue>,
     in_flight: watch::Sender<usize>,
 }
@@ -86,6 +87,7 @@ impl HttpWorker {
             digest,
             permits: Semaphore::new(concurrency),
             lane_limit: ConcurrencyLimit::new(concurrency),
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
             queue: Mutex::new(RequestQueue {
                 waiting: VecDeque::new(),
                 queued: 0,
@@ -284,8 +286,7 @@ impl HttpWorker {
         if self.queue().group_size.current() <= SLOW_GROUP {
             return self.max_lanes();
         }
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        processors.max(2).min(self.max_lanes())
+        self.processors.max(2).min(self.max_lanes())
     }
 }
 

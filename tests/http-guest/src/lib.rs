@@ -100,7 +100,7 @@ fn run_step(step: &str, wanted: &Wanted, nonce: &str, body: &mut Vec<u8>) -> Res
         }
         "promise" => {
             sql::execute(
-                "insert into promise (id, kept_by) values ($1, 'nobody')",
+                "insert into promise (id, kept_by) values ($1, 'missing')",
                 params![wanted.event.clone()],
             )?;
         }
