@@ -186,8 +186,8 @@ fn a_worker_handles_messages_or_requests() {
             "`stream` is for workers that handle messages",
         ),
         (
-            "batch = 3\n[[worker.route]]\npath = \"/a\"",
-            "`batch` is for workers that handle messages",
+            "ack_wait = \"3s\"\n[[worker.route]]\npath = \"/a\"",
+            "`ack_wait` is for workers that handle messages",
         ),
         (
             "[[worker.route]]\npath = \"/a\"\ncache_stale = \"1m\"",
