@@ -279,11 +279,12 @@ create table oncely.outbox (
     -- The time of the commit plus the delay of the output.
     due_at           timestamptz not null default now(),
 
-    -- `poll`: a host leases the row, publishes it and updates it. `wal`: the WAL reader publishes
-    -- it and writes a `relay_record`. Such a row is leased to no host and stays unpublished in this
-    -- table.
+    -- `poll`: a host leases the row, publishes it and updates it. `group`: a host leases the row's
+    -- `outbox_group`, publishes all outputs of it and writes a `relay_record`. `wal`: the WAL
+    -- reader publishes it and writes a `relay_record`. Rows that are not `poll` are never updated:
+    -- they are leased to no host and stay unpublished in this table.
     via              text        not null default 'poll'
-        constraint outbox_via check (via in ('poll', 'wal')),
+        constraint outbox_via check (via in ('poll', 'group', 'wal')),
     -- For `poll`: earlier outputs of the queue may be in the WAL, up to this position.
     not_before_lsn   pg_lsn,
     -- The lease. `leased_by` is the host instance, see `host_instance`. A guest that changes the
@@ -310,7 +311,7 @@ create table oncely.outbox (
         (published_at is null) = (stream is null) and (stream is null) = (stream_sequence is null)),
     constraint outbox_published_not_blocked_or_parked check (
         published_at is null or (blocked_by is null and parked_at is null)),
-    constraint outbox_wal_not_published_or_blocked check (
+    constraint outbox_only_polled_published_or_blocked check (
         via = 'poll' or (published_at is null and blocked_by is null))
 ) partition by list (partition);
 -- The poller: unpublished rows whose lease or delay has ended.
@@ -328,6 +329,21 @@ create table oncely.outbox_0 partition of oncely.outbox for values in (0);
 create table oncely.outbox_1 partition of oncely.outbox for values in (1);
 create table oncely.outbox_2 partition of oncely.outbox for values in (2);
 create table oncely.outbox_3 partition of oncely.outbox for values in (3);
+
+-- Outputs that one transaction appended, due at once and without an ordering key, with one lease
+-- for all of them. The row is deleted when each of them is published or failed: the places of the
+-- published ones are in a `relay_record`, and failed ones continue as `poll`.
+create table oncely.outbox_group (
+    -- The lowest of `seqs`.
+    number       bigint      constraint outbox_group_pk primary key,
+    worker       text        not null,
+    seqs         bigint[]    not null constraint outbox_group_seqs check (cardinality(seqs) > 0),
+    created_at   timestamptz not null default now(),
+    leased_until timestamptz not null,
+    leased_by    bigint
+        default nullif(current_setting('oncely.instance', true), '')::bigint
+);
+create index outbox_group_leased_until on oncely.outbox_group (leased_until);
 
 -- A parked output that an operator dropped. It was never published. Rows are immutable.
 create table oncely.dropped_output (
@@ -409,9 +425,9 @@ create table oncely.relay_position (
 create unique index relay_position_single_row on oncely.relay_position ((true));
 insert into oncely.relay_position default values;
 
--- A batch of outputs that the WAL reader published to one stream. `seqs` and `sequences` are
--- parallel arrays: numbers in the outbox, and positions on the stream. Kept longer than the
--- outputs.
+-- A batch of outputs, of groups or from the WAL, that were published to one stream. `seqs` and
+-- `sequences` are parallel arrays: numbers in the outbox, and positions on the stream. Kept longer
+-- than the outputs.
 create table oncely.relay_record (
     number        bigint      generated always as identity constraint relay_record_pk primary key,
     stream        text        not null,
@@ -687,7 +703,17 @@ begin
     where outbox.seq > passed and outbox.via = 'wal' and published.seq is null;
 end $$;
 
--- The stream position of an output published from the WAL, if recorded. All names are qualified
+-- Outputs of groups that are not known to be published.
+create view oncely.group_backlog as
+select unnest(seqs) as seq, worker, created_at as due_at from oncely.outbox_group;
+
+-- Unpublished outputs whose rows do not show it: of groups, and in the WAL.
+create view oncely.unrecorded_output as
+select seq, worker, due_at from oncely.group_backlog
+union all
+select seq, worker, due_at from oncely.wal_backlog();
+
+-- The stream position of an output of a group or from the WAL, if recorded. All names are qualified
 -- instead of a `set search_path`, so that the planner can inline the function.
 create function oncely.find_relay_record(output_seq bigint)
 returns table (stream text, stream_sequence bigint, published_at timestamptz)
@@ -1076,6 +1102,9 @@ end $$;
 -- of each key is returned with the outputs before it in the queue (`predecessors`), which have to
 -- be published first. All others are left to the poller.
 --
+-- Several outputs that are due at once share a lease, see `outbox_group`, unless one of the outputs
+-- has an ordering key. They are returned with the number of their group.
+--
 -- In `wal` mode, due outputs go to the WAL and are leased to no host. If the queue of a key already
 -- contains outputs in `poll` mode, further ones join it and wait for the same output, or for the
 -- last one in the queue. An output in `poll` mode waits for the outputs of its key in the WAL
@@ -1083,8 +1112,9 @@ end $$;
 create function oncely_definer.append(
     token bytea, workers text[], ids text[], event_ids text[], ordinals integer[], subjects text[],
     headers text[], bodies bytea[], ordering_keys text[], delays bigint[], lease bigint
-) returns table (seq bigint, first_attempt_at bigint, predecessors bigint[])
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+) returns table (
+    seq bigint, first_attempt_at bigint, predecessors bigint[], group_number bigint
+) language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
@@ -1095,6 +1125,7 @@ declare
     -- The WAL may contain unpublished outputs, and its end: everything committed is before it.
     is_wal_used boolean;
     wal_end pg_lsn;
+    due_via text;
     current_partition smallint;
 begin
     perform oncely.check_token($1);
@@ -1106,23 +1137,36 @@ begin
 
     -- Without ordering keys there are no queues.
     if array_remove($9, null) = '{}' then
+        due_via := case when is_wal_mode then 'wal'
+            when cardinality(array_positions($10, 0::bigint)) > 1
+                and current_setting('oncely.output_groups', true) is distinct from 'off'
+            then 'group' else 'poll' end;
         return query
-        insert into oncely.outbox (worker, id, event_id, ordinal, subject, headers, body, due_at,
-            leased_until, first_attempt_at, via, partition)
-        select worker, id, event_id, ordinal, subject, headers, body,
-            now + delay * interval '1 microsecond',
-            case when delay = 0 and is_wal_mode then 'infinity'
-                else now
-                    + case when delay = 0 then $11 else delay end * interval '1 microsecond' end,
-            case when delay = 0 then now end,
-            case when delay = 0 and is_wal_mode then 'wal' else 'poll' end, current_partition
-        from unnest($2, $3, $4, $5, $6, $7, $8, $10) with ordinality
-            as given (worker, id, event_id, ordinal, subject, headers, body, delay, place)
-        order by place
-        returning seq,
-            case when via = 'poll'
+        with appended as (
+            insert into oncely.outbox (worker, id, event_id, ordinal, subject, headers, body,
+                due_at, leased_until, first_attempt_at, via, partition)
+            select worker, id, event_id, ordinal, subject, headers, body,
+                now + delay * interval '1 microsecond',
+                case when delay > 0 then now + delay * interval '1 microsecond'
+                    when due_via = 'poll' then now + $11 * interval '1 microsecond'
+                    else 'infinity' end,
+                case when delay = 0 then now end,
+                case when delay = 0 then due_via else 'poll' end, current_partition
+            from unnest($2, $3, $4, $5, $6, $7, $8, $10) with ordinality
+                as given (worker, id, event_id, ordinal, subject, headers, body, delay, place)
+            order by place
+            returning seq, worker, first_attempt_at, via
+        ), grouped as (
+            insert into oncely.outbox_group (number, worker, seqs, leased_until)
+            select min(seq), worker, array_agg(seq), now + $11 * interval '1 microsecond'
+            from appended where via = 'group' group by worker
+        )
+        select seq,
+            case when via <> 'wal'
                 then (extract(epoch from first_attempt_at) * 1000000)::bigint end,
-            null::bigint[];
+            null::bigint[],
+            case when via = 'group' then min(seq) over (partition by worker, via) end
+        from appended;
         return;
     end if;
 
@@ -1189,7 +1233,8 @@ begin
         case when first_attempt_at is not null and via = 'poll'
             and seq = min(seq) filter (where first_attempt_at is not null) over (
                 partition by worker, ordering_key)
-        then seqs end
+        then seqs end,
+        null::bigint
     from appended left join queue using (worker, ordering_key);
 end $$;
 

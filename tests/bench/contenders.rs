@@ -22,6 +22,8 @@ pub enum Implementation {
     Native,
     /// A host with these worker settings.
     Host { settings: &'static str },
+    /// A host with these worker settings, on a database without output groups.
+    HostWithoutGroups { settings: &'static str },
     /// A host in WAL mode with these worker settings.
     HostInWalMode { settings: &'static str },
     /// A host on SQLite with these worker settings.
@@ -169,6 +171,16 @@ pub const CONTENDERS: &[Contender] = &[
         STATE_BATCH,
         Work::State,
     ),
+    Contender {
+        implementation: Implementation::HostWithoutGroups { settings: STATE },
+        baseline: Some("state"),
+        ..host(
+            "state, no output groups",
+            "each output has a lease and a record of its own",
+            STATE,
+            Work::State,
+        )
+    },
     Contender {
         implementation: Implementation::HostInWalMode { settings: STATE },
         baseline: Some("state"),

@@ -12,7 +12,8 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use oncely::model::message::OutputKind;
 use oncely::store::{
-    Claim, Output, PostgresStore, Published, RetentionPolicy, SqliteStore, Store, StoreError,
+    Claim, GroupOutcome, Output, PostgresStore, Published, RetentionPolicy, SqliteStore, Store,
+    StoreError,
 };
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
@@ -183,8 +184,14 @@ async fn lane(store: Arc<Store>, next: Arc<AtomicUsize>, rows: usize) -> Result<
             stream: "PAYMENTS".to_owned(),
             stream_sequence: seq as u64,
         };
-        let published: Vec<Published> = appended.iter().map(|row| place(row.seq)).collect();
-        while let Err(error) = store.mark_published(&published).await {
+        // On SQLite there are no groups, and the places are recorded row by row.
+        let outcome = GroupOutcome {
+            number: appended[0].group.unwrap_or_default(),
+            published: appended.iter().map(|row| place(row.seq)).collect(),
+            unpublished: Vec::new(),
+            leased: Vec::new(),
+        };
+        while let Err(error) = store.record_groups(std::slice::from_ref(&outcome)).await {
             ensure!(
                 matches!(error, StoreError::Conflict(_)),
                 "mark outputs as published: {error:?}"

@@ -124,6 +124,7 @@ pub async fn prepare(contender: &Contender, cluster: &Cluster) -> Result<World> 
     let settings = match contender.implementation {
         Implementation::HandWritten | Implementation::Native => "",
         Implementation::Host { settings }
+        | Implementation::HostWithoutGroups { settings }
         | Implementation::HostInWalMode { settings }
         | Implementation::HostOnSqlite { settings } => settings,
     };
@@ -137,6 +138,12 @@ pub async fn prepare(contender: &Contender, cluster: &Cluster) -> Result<World> 
         Implementation::HostOnSqlite { .. }
     ) {
         world.database = Database::on(cluster).await?;
+    }
+    if let Implementation::HostWithoutGroups { .. } = contender.implementation {
+        let off = "do $$ begin
+             execute format('alter database %I set oncely.output_groups = off', current_database());
+         end $$";
+        world.database.execute(off).await?;
     }
     std::fs::write(world.folder.path().join("schema.json"), SCHEMA).context("write the schema")?;
     let is_wal = matches!(

@@ -936,7 +936,7 @@ impl Campaign {
             .number("select coalesce(max(seq), 0) from oncely.outbox")
             .await?;
         let poll_condition = if self.plan.kind == Kind::Postgres {
-            " and via = 'poll'"
+            " and (via = 'poll' or seq in (select seq from oncely.group_backlog))"
         } else {
             ""
         };

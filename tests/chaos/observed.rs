@@ -223,9 +223,13 @@ async fn published_alarms(
     database: &Database,
     nats: &NatsServer,
 ) -> Result<BTreeMap<String, usize>> {
-    let unpublished_alarms = "select count(*) from oncely.outbox where published_at is null and subject like 'oncely.alarm.%'";
+    let is_alarm = "subject like 'oncely.alarm.%'";
+    let alarms = format!("select count(*) from oncely.outbox where {is_alarm}");
+    let published = database.published(is_alarm);
     let end = Instant::now() + PUBLISHED_WITHIN;
-    while database.number(unpublished_alarms).await? > 0 && Instant::now() < end {
+    while database.number(&published).await? < database.number(&alarms).await?
+        && Instant::now() < end
+    {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let mut published = BTreeMap::new();

@@ -128,10 +128,7 @@ both!(
 
         // No half work: every settled message is published.
         assert_eq!(
-            world
-                .database
-                .number("select count(*) from oncely.outbox where published_at is null")
-                .await?,
+            world.database.number(world.database.unpublished()).await?,
             0
         );
         books::check(&world).await?;

@@ -132,12 +132,7 @@ both!(
                 1,
             )
             .await?;
-        world
-            .until(
-                "select count(*) from oncely.outbox where published_at is null",
-                0,
-            )
-            .await?;
+        world.until(world.database.unpublished(), 0).await?;
         let books = books::check(&world).await?;
         assert_eq!((books.effects.len(), books.outputs), (1, 2));
         Ok(())
@@ -247,12 +242,7 @@ both!(
         world.until("select count(*) from oncely.inbox", 1).await?;
         world.kill_host()?;
         world.start_host().await?;
-        world
-            .until(
-                "select count(*) from oncely.outbox where published_at is not null",
-                1,
-            )
-            .await?;
+        world.until(&world.database.published("true"), 1).await?;
         assert!(
             started.elapsed() >= std::time::Duration::from_millis(2400),
             "too early: {:?}",
@@ -285,12 +275,15 @@ both!(
             Kind::Sqlite => "first_attempt_at - 600000000",
             _ => "first_attempt_at - interval '10 minutes'",
         };
-        let zero = if kind == Kind::Sqlite { "0" } else { "'epoch'" };
+        let due = match kind {
+            Kind::Sqlite => "leased_until = 0",
+            _ => "leased_until = 'epoch', via = 'poll'",
+        };
         world
             .database
             .execute(&format!(
             "update oncely.outbox set published_at = null, stream = null, stream_sequence = null,
-             leased_until = {zero}, first_attempt_at = {long_ago};
+             {due}, first_attempt_at = {long_ago};
              update oncely.outbox set id = id || ':lost' where seq % 2 = 0"
         ))
             .await?;

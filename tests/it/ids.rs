@@ -296,7 +296,7 @@ both!(
             &format!("{}\n{downstream}", with_other(QUICK_RETRIES)?),
         )
         .await?;
-        let published = "select count(*) from oncely.outbox where published_at is not null and worker <> 'downstream'";
+        let published = world.database.published("worker <> 'downstream'");
 
         // Messages from a publisher, another worker and the worker itself, the last two through
         // `outbox.send`.
@@ -318,7 +318,7 @@ both!(
             emit("in.other", "o2", "chosen"),
         ];
         world.nats.publish_all(taken).await?;
-        world.until(published, 3).await?;
+        world.until(&published, 3).await?;
         world
             .nats
             .publish_all(vec![
@@ -326,7 +326,7 @@ both!(
                 emit("in.x", "t2", "chosen"),
             ])
             .await?;
-        world.until(published, 5).await?;
+        world.until(&published, 5).await?;
         let own = host_messages(&world, "OUT").await?;
         let mut readable: Vec<&str> = own.iter().map(|(id, _)| id.as_str()).collect();
         readable.sort_unstable();
@@ -364,7 +364,7 @@ both!(
             .nats
             .publish_all(vec![emit("in.other", "o3", "chosen")])
             .await?;
-        world.until(published, 6).await?;
+        world.until(&published, 6).await?;
         assert_eq!(host_messages(&world, "OUT").await?.len(), 5);
         Ok(())
     }

@@ -529,12 +529,7 @@ both!(
             world.start_host().await?;
             // The messages of the dead host return after `ack_wait`. Those that died meanwhile are
             // redriven again.
-            world
-                .until(
-                    "select count(*) from oncely.outbox where published_at is null",
-                    0,
-                )
-                .await?;
+            world.until(world.database.unpublished(), 0).await?;
         }
 
         // Recovery and checks

@@ -257,8 +257,8 @@ both!(
                 .nats
                 .publish_all(vec![emit(&format!("free{n}"), &format!("out.free{n}"), 1)])
                 .await?;
-            let free = "select count(*) from oncely.outbox where subject like 'out.free%' and published_at is not null";
-            world.until(free, n + 1).await?;
+            let free = world.database.published("subject like 'out.free%'");
+            world.until(&free, n + 1).await?;
         }
         ensure!(
             began.elapsed() < Duration::from_secs(10),
@@ -273,12 +273,7 @@ both!(
 
         // Its consumers free space for one more message, and one more is published.
         world.nats.purge_subject("OUT", "out.full").await?;
-        world
-            .until(
-                "select count(*) from oncely.outbox where published_at is not null",
-                10,
-            )
-            .await?;
+        world.until(&world.database.published("true"), 10).await?;
         assert_eq!(
             world
                 .database
@@ -320,7 +315,7 @@ both!(
         assert_eq!(
             world
                 .database
-                .number("select count(*) from oncely.outbox where published_at is not null")
+                .number(&world.database.published("true"))
                 .await?,
             0
         );

@@ -202,9 +202,10 @@ both!(
         let alarm =
             "select count(*) from oncely.alarm where kind = 'restored' and cleared_at is null";
         world.until(alarm, 1).await?;
-        let alarms = "select count(*) from oncely.outbox where subject like 'oncely.alarm.%' and published_at is not null
-        and event_id like '%restored%'";
-        world.until(alarms, 1).await?;
+        let alarms = world
+            .database
+            .published("subject like 'oncely.alarm.%' and event_id like '%restored%'");
+        world.until(&alarms, 1).await?;
         assert_eq!(
             world
                 .database

@@ -37,6 +37,7 @@ mod alarms;
 mod changes;
 mod dead_letters;
 mod deployments;
+mod groups;
 mod guest_sql;
 mod hostile_sql;
 mod inbox;
@@ -62,6 +63,16 @@ const LIMITS: SqlLimits = SqlLimits {
     rows: 100,
     bytes: 100_000,
 };
+
+/// Appends outputs one by one, so that each has a lease of its own.
+async fn append_singly(tx: &mut Tx, outputs: &[Output], lease: Duration) -> Vec<OutboxRow> {
+    let mut rows = Vec::new();
+    for output in outputs {
+        let appended = tx.append_outputs(std::slice::from_ref(output), lease);
+        rows.extend(appended.await.unwrap());
+    }
+    rows
+}
 
 /// A store on a fresh database.
 struct World {

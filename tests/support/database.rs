@@ -64,9 +64,21 @@ impl Database {
             Database::Sqlite(_) => "select count(*) from oncely.outbox where published_at is null",
             Database::Postgres { .. } => {
                 "select (select count(*) from oncely.outbox where published_at is null and via = 'poll') \
-                 + (select count(*) from oncely.wal_backlog())"
+                 + (select count(*) from oncely.unrecorded_output)"
             }
         }
+    }
+
+    /// The query that counts published outputs with a property, a condition on the outbox.
+    pub fn published(&self, property: &str) -> String {
+        let is_published = match self {
+            Database::Sqlite(_) => "published_at is not null",
+            Database::Postgres { .. } => {
+                "(published_at is not null
+                    or via <> 'poll' and seq not in (select seq from oncely.unrecorded_output))"
+            }
+        };
+        format!("select count(*) from oncely.outbox where {is_published} and {property}")
     }
 
     /// Like [`Database::unpublished`], without alarm notices.
@@ -78,7 +90,7 @@ impl Database {
             Database::Postgres { .. } => {
                 "select (select count(*) from oncely.outbox
                          where published_at is null and via = 'poll' and subject not like 'oncely.alarm.%')
-                      + (select count(*) from oncely.wal_backlog() join oncely.outbox using (seq) where subject not like 'oncely.alarm.%')"
+                      + (select count(*) from oncely.unrecorded_output join oncely.outbox using (seq) where subject not like 'oncely.alarm.%')"
             }
         }
     }

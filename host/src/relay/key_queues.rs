@@ -213,6 +213,7 @@ mod tests {
             body: Bytes::new(),
             ordering_key: key.map(str::to_owned),
             blocked_by: blocked_by.to_vec(),
+            group: None,
             first_attempt_at: Timestamp::UNIX_EPOCH,
             failures: 0,
         }

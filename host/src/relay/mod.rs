@@ -103,6 +103,8 @@ pub struct RelayHandle {
 /// Outputs that lanes of this host committed. Their leases began at `since` or later.
 struct HandedOverOutputs {
     rows: Vec<OutboxRow>,
+    /// All outputs that belong to a group, with its number.
+    group_members: Vec<(i64, i64)>,
     /// Outputs that are already on their streams.
     already_published: Vec<Published>,
     since: Instant,
@@ -116,11 +118,13 @@ impl RelayHandle {
         if rows.is_empty() {
             return;
         }
+        let group_members = recorder::members(&rows);
         match recovered::split(&self.store, &self.state, rows).await {
             Ok((rows, already_published)) => drop(
                 self.sender
                     .send(HandedOverOutputs {
                         rows,
+                        group_members,
                         already_published,
                         since,
                     })
@@ -272,7 +276,8 @@ impl Relay {
                     }
                 }
                 leased = self.handed_over.recv(), if !has_lanes_closed && self.key_queues.len() < OUTPUTS_MAX => match leased {
-                    Some(HandedOverOutputs { rows, already_published, since }) => {
+                    Some(HandedOverOutputs { rows, group_members, already_published, since }) => {
+                        self.recorder.track_groups(&group_members);
                         self.take_published(already_published);
                         self.take(rows, since);
                     }
@@ -391,6 +396,8 @@ impl Relay {
         // If the connection changes in the meantime, these outputs are not sent over the new one.
         let connection = *self.connection.borrow();
         if self.waits_for_repair() {
+            // The check covers only what is recorded.
+            self.recorder.dissolve_groups();
             return;
         }
         self.apply_order_change();
@@ -677,6 +684,7 @@ impl Relay {
         if !batch.streams.is_empty() {
             self.streams = batch.streams;
         }
+        self.recorder.track_groups(&batch.group_members);
         self.take_published(batch.already_published);
         self.recorder.unpublished(batch.unpublished);
         self.take(batch.rows, batch.since);

@@ -9,7 +9,7 @@ use futures::StreamExt;
 use jiff::{SignedDuration, Timestamp};
 
 use super::key_queues::SEND_TIMEOUT;
-use super::{RelayState, duplicates, recovered};
+use super::{RelayState, duplicates, recorder, recovered};
 use crate::bus::{Bus, StreamInfo, stream_for_subject};
 use crate::delivery::HAND_OVER_LEASE;
 use crate::fault;
@@ -23,6 +23,8 @@ const CLOCK_SKEW_MAX: SignedDuration = SignedDuration::from_mins(2);
 pub(super) struct OutputBatch {
     /// Outputs to send, in order.
     pub rows: Vec<OutboxRow>,
+    /// All outputs that belong to a group, with its number.
+    pub group_members: Vec<(i64, i64)>,
     /// A time before their leases began.
     pub since: Instant,
     /// Outputs that are already on their streams.
@@ -58,9 +60,11 @@ pub(super) async fn poll(
     // Without a list of streams the lookup is skipped. The broker then accepts hardly any output,
     // and an accepted one was first tried a short time ago.
     let streams = bus.streams(streams_max_age).await.unwrap_or_default();
+    let group_members = recorder::members(&rows);
     let (rows, already_published) = recovered::split(&store, &state, rows).await?;
     let mut batch = OutputBatch {
         rows,
+        group_members,
         since,
         already_published,
         unpublished: Vec::new(),

@@ -11,7 +11,7 @@ use super::key_queues::Key;
 use super::wal::WalOutcome;
 use crate::fault;
 use crate::model::retry::Backoff;
-use crate::store::{Published, Store, Unpublished};
+use crate::store::{GroupOutcome, OutboxRow, Published, Store, Unpublished};
 
 /// Maximum number of tries of a write. After that the leases of its outputs expire, and the next
 /// host finds the published ones on their streams.
@@ -22,8 +22,26 @@ pub struct Recorder {
     store: Arc<Store>,
     published: Vec<Published>,
     unpublished: Vec<(i64, Unpublished)>,
+    closed_groups: Vec<GroupOutcome>,
     writing: Option<JoinHandle<()>>,
+    groups: OpenGroups,
     wal: WalRecorder,
+}
+
+/// Groups that have outputs without an outcome.
+#[derive(Default)]
+struct OpenGroups {
+    /// For each output without an outcome, the number of its group.
+    members: HashMap<i64, i64>,
+    groups: HashMap<i64, OpenGroup>,
+}
+
+#[derive(Default)]
+struct OpenGroup {
+    published: Vec<Published>,
+    unpublished: Vec<(i64, Unpublished)>,
+    /// The number of outputs without an outcome.
+    left: usize,
 }
 
 /// Outputs from the WAL. The WAL reader records their outcomes.
@@ -49,7 +67,9 @@ impl Recorder {
             store,
             published: Vec::new(),
             unpublished: Vec::new(),
+            closed_groups: Vec::new(),
             writing: None,
+            groups: OpenGroups::default(),
             wal,
         }
     }
@@ -59,7 +79,15 @@ impl Recorder {
         match self.wal.keys.remove(&published.seq) {
             // Without a reader the outcome is lost, and the next reader receives the output again.
             Some(_) => drop(self.wal.outcomes.send(WalOutcome::Published(published))),
-            None => self.published.push(published),
+            None => match self.groups.take(published.seq) {
+                Some(number) => {
+                    let closed = self
+                        .groups
+                        .add(number, |group| group.published.push(published));
+                    self.closed_groups.extend(closed);
+                }
+                None => self.published.push(published),
+            },
         }
     }
 
@@ -68,9 +96,31 @@ impl Recorder {
         for (seq, outcome) in rows {
             match self.wal.keys.remove(&seq) {
                 Some(key) => self.wal.unpublished(seq, key, outcome),
-                None => self.unpublished.push((seq, outcome)),
+                None => match self.groups.take(seq) {
+                    Some(number) => {
+                        let closed = self
+                            .groups
+                            .add(number, |group| group.unpublished.push((seq, outcome)));
+                        self.closed_groups.extend(closed);
+                    }
+                    None => self.unpublished.push((seq, outcome)),
+                },
             }
         }
+    }
+
+    /// Tracks the outputs that belong to a group, by their numbers and that of the group. All
+    /// outputs of a group are tracked at once.
+    pub fn track_groups(&mut self, members: &[(i64, i64)]) {
+        for (seq, number) in members {
+            self.groups.track(*seq, *number);
+        }
+    }
+
+    /// Lets all outcomes so far be written, also those of groups with outputs in memory. The latter
+    /// leave their groups.
+    pub fn dissolve_groups(&mut self) {
+        self.closed_groups.extend(self.groups.dissolve());
     }
 
     /// Tracks an output from the WAL. Returns its blocker if earlier outputs of its key were
@@ -98,7 +148,7 @@ impl Recorder {
 
     /// Whether all outcomes are in the database.
     pub fn is_empty(&self) -> bool {
-        self.published.is_empty() && self.unpublished.is_empty() && self.writing.is_none()
+        !self.has_outcomes() && !self.groups.have_outcomes() && self.writing.is_none()
     }
 
     /// Whether a write is in progress.
@@ -106,20 +156,21 @@ impl Recorder {
         self.writing.is_some()
     }
 
+    fn has_outcomes(&self) -> bool {
+        !(self.published.is_empty() && self.unpublished.is_empty() && self.closed_groups.is_empty())
+    }
+
     /// Starts to write the collected outcomes, unless a write is in progress. Returns whether it
     /// did. It runs in a task of its own, because a database operation must run to completion.
     pub fn start_write(&mut self) -> bool {
-        if self.is_writing() || (self.published.is_empty() && self.unpublished.is_empty()) {
+        if self.is_writing() || !self.has_outcomes() {
             return false;
         }
-        let (published, unpublished) = (
-            std::mem::take(&mut self.published),
-            std::mem::take(&mut self.unpublished),
-        );
         self.writing = Some(tokio::spawn(record(
             Arc::clone(&self.store),
-            published,
-            unpublished,
+            std::mem::take(&mut self.published),
+            std::mem::take(&mut self.closed_groups),
+            std::mem::take(&mut self.unpublished),
         )));
         true
     }
@@ -130,6 +181,81 @@ impl Recorder {
             let _ = writing.await;
         }
         self.writing = None;
+    }
+}
+
+/// The outputs that belong to a group, with the number of the group.
+pub fn members(rows: &[OutboxRow]) -> Vec<(i64, i64)> {
+    rows.iter()
+        .filter_map(|row| Some((row.seq, row.group?)))
+        .collect()
+}
+
+impl OpenGroups {
+    fn track(&mut self, seq: i64, number: i64) {
+        // It is still in memory if its lease ended and this host leased it again.
+        if self.members.insert(seq, number).is_none() {
+            self.groups.entry(number).or_default().left += 1;
+        }
+    }
+
+    /// Removes an output without an outcome. Returns the number of its group.
+    fn take(&mut self, seq: i64) -> Option<i64> {
+        self.members.remove(&seq)
+    }
+
+    /// Adds the outcome of an output that was taken. Returns the outcome of the group if it was the
+    /// last one.
+    fn add(&mut self, number: i64, outcome: impl FnOnce(&mut OpenGroup)) -> Option<GroupOutcome> {
+        let group = self.groups.get_mut(&number)?;
+        outcome(group);
+        group.left -= 1;
+        if group.left > 0 {
+            return None;
+        }
+        Some(self.groups.remove(&number)?.close(number, Vec::new()))
+    }
+
+    /// Whether some outputs of an open group have an outcome.
+    fn have_outcomes(&self) -> bool {
+        self.groups.values().any(OpenGroup::has_outcomes)
+    }
+
+    /// Removes the groups that have outcomes.
+    fn dissolve(&mut self) -> Vec<GroupOutcome> {
+        if !self.have_outcomes() {
+            return Vec::new();
+        }
+        let dissolved: HashMap<i64, OpenGroup> = self
+            .groups
+            .extract_if(|_, group| group.has_outcomes())
+            .collect();
+        let mut leased: HashMap<i64, Vec<i64>> = HashMap::new();
+        let members = self
+            .members
+            .extract_if(|_, number| dissolved.contains_key(number));
+        for (seq, number) in members {
+            leased.entry(number).or_default().push(seq);
+        }
+        let outcome = |(number, group): (i64, OpenGroup)| {
+            group.close(number, leased.remove(&number).unwrap_or_default())
+        };
+        dissolved.into_iter().map(outcome).collect()
+    }
+}
+
+impl OpenGroup {
+    fn has_outcomes(&self) -> bool {
+        !(self.published.is_empty() && self.unpublished.is_empty())
+    }
+
+    fn close(self, number: i64, leased: Vec<i64>) -> GroupOutcome {
+        GroupOutcome {
+            number,
+            published: self.published,
+            unpublished: self.unpublished,
+            leased,
+        }
     }
 }
 
@@ -156,8 +282,10 @@ impl WalRecorder {
 async fn record(
     store: Arc<Store>,
     published: Vec<Published>,
+    groups: Vec<GroupOutcome>,
     unpublished: Vec<(i64, Unpublished)>,
 ) {
+    log_errors(groups.iter().flat_map(|group| &group.unpublished));
     log_errors(&unpublished);
     if !published.is_empty() {
         fault::point(fault::BEFORE_MARK);
@@ -165,6 +293,11 @@ async fn record(
             store.mark_published(&published)
         })
         .await;
+        fault::point(fault::AFTER_MARK);
+    }
+    if !groups.is_empty() {
+        fault::point(fault::BEFORE_MARK);
+        retry("record groups of outputs", || store.record_groups(&groups)).await;
         fault::point(fault::AFTER_MARK);
     }
     if !unpublished.is_empty() {
@@ -196,7 +329,7 @@ where
 }
 
 /// Logs each distinct error once, with the number of its outputs.
-pub fn log_errors(unpublished: &[(i64, Unpublished)]) {
+pub fn log_errors<'a>(unpublished: impl IntoIterator<Item = &'a (i64, Unpublished)>) {
     let mut errors: BTreeMap<&str, u64> = BTreeMap::new();
     for (_, outcome) in unpublished {
         if let Unpublished::Later {

@@ -257,7 +257,7 @@ async fn outputs(db: &mut Db, worker: &str, event_id: &str) -> Result<Vec<DeadLe
     let sql = Sql {
         postgres: "select id, headers, subject, coalesce(outbox.stream, recorded.stream) as stream,
              coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence
-         from oncely.outbox left join lateral oncely.find_relay_record(seq) as recorded on via = 'wal'
+         from oncely.outbox left join lateral oncely.find_relay_record(seq) as recorded on via <> 'poll'
          where worker = $1 and event_id = $2 and subject not like 'oncely.%' order by seq",
         sqlite: "select id, headers, subject, stream, stream_sequence from oncely_outbox
          where worker = $1 and event_id = $2 and subject not like 'oncely.%' order by seq",

@@ -66,9 +66,9 @@ pub use instance::{HOST_LEASE, LEASE_SAFE_FOR, RENEW_INTERVAL, RENEW_TIMEOUT, Ta
 pub use postgres::{PostgresStore, ScratchDatabase};
 pub use records::{
     AlarmNotices, Claim, Claimed, CountedAttempt, DeadLettered, DeploymentRecord, FailedAttempt,
-    OutboxLag, OutboxRow, OutputFilter, OutputRecord, OutputSummary, Published, PublishedOutput,
-    RetentionPolicy, STATE_PREVIEW, StateRecord, StoredRecording, StoredReport, Unpublished,
-    WorkerTotals,
+    GroupOutcome, OutboxLag, OutboxRow, OutputFilter, OutputRecord, OutputSummary, Published,
+    PublishedOutput, RetentionPolicy, STATE_PREVIEW, StateRecord, StoredRecording, StoredReport,
+    Unpublished, WorkerTotals,
 };
 pub use requests::{ClaimedRequest, KeptResponse};
 pub use sqlite::SqliteStore;
@@ -221,10 +221,11 @@ impl Store {
         })
     }
 
-    /// Leases at most `limit` outputs that are due, unpublished and not leased, oldest first. Of
-    /// each key, only rows at the front of its queue are leased. A row blocked by another host's
-    /// row becomes due again after that row is published or dropped. The lease is measured by the
-    /// database's clock. A row that was leased before keeps its `first_attempt_at`.
+    /// Leases outputs that are due, unpublished and not leased, oldest first: at most `limit`, or
+    /// as many more as the last group has. Of each key, only rows at the front of its queue are
+    /// leased. A row blocked by another host's row becomes due again after that row is published or
+    /// dropped. The lease is measured by the database's clock. A row that was leased before keeps
+    /// its `first_attempt_at`.
     pub async fn lease_outputs(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
         let mut db = self.write().await?;
         let done = outputs::lease(&mut db, limit, lease).await?;
@@ -236,6 +237,18 @@ impl Store {
     pub async fn mark_published(&self, published: &[Published]) -> Result<()> {
         let mut db = self.write_async().await?;
         outputs::mark_published(&mut db, published).await?;
+        db.commit().await
+    }
+
+    /// Records the outcomes of groups of outputs. If another host has leased a group meanwhile,
+    /// only its published outputs are recorded.
+    pub async fn record_groups(&self, groups: &[GroupOutcome]) -> Result<()> {
+        let is_published = groups.iter().all(|group| group.unpublished.is_empty());
+        let mut db = match is_published {
+            true => self.write_async().await?,
+            false => self.write().await?,
+        };
+        outputs::record_groups(&mut db, groups).await?;
         db.commit().await
     }
 

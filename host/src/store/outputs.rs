@@ -1,13 +1,13 @@
 //! The outbox: appending, leasing and releasing outputs; lists, retries and drops for operators,
 //! and the publishing lag.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use super::db::{Db, Param, Session, Sql};
 use super::{
-    OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, Result,
-    Unpublished, postgres, rows, shared, sqlite,
+    GroupOutcome, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary,
+    Published, Result, Unpublished, postgres, rows, shared, sqlite,
 };
 
 /// Appends messages of the platform to the outbox, each with its worker. Those that are due at once
@@ -39,8 +39,14 @@ pub(super) async fn append_for(
 pub(super) async fn lease(db: &mut Db, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
     let (leased, not_leased) = match db.session()? {
         Session::Postgres(session) => {
+            let (mut leased, mut not_leased) =
+                postgres::outbox::lease_groups(session, limit, lease).await?;
             postgres::outbox::unblock(session).await?;
-            postgres::outbox::lease(session, limit, lease).await?
+            let left = limit.saturating_sub(leased.len() as u32);
+            let singly = postgres::outbox::lease(session, left, lease).await?;
+            leased.extend(singly.0);
+            not_leased.extend(singly.1);
+            (leased, not_leased)
         }
         Session::Sqlite(session) => {
             sqlite::outbox::unblock(session).await?;
@@ -57,6 +63,30 @@ pub(super) async fn mark_published(db: &mut Db, published: &[Published]) -> Resu
         Session::Postgres(session) => postgres::outbox::mark_published(session, published).await,
         Session::Sqlite(session) => sqlite::outbox::mark_published(session, published).await,
     }
+}
+
+/// Records the outcomes of groups; see [`super::Store::record_groups`].
+pub(super) async fn record_groups(db: &mut Db, groups: &[GroupOutcome]) -> Result<()> {
+    // SQLite has no groups.
+    let closed = match db.session()? {
+        Session::Postgres(session) => postgres::outbox::close_groups(session, groups).await?,
+        Session::Sqlite(_) => HashSet::new(),
+    };
+    let (closed, others): (Vec<_>, Vec<_>) = groups
+        .iter()
+        .partition(|group| closed.contains(&group.number));
+    let published: Vec<Published> = others
+        .iter()
+        .flat_map(|group| group.published.iter().cloned())
+        .collect();
+    if !published.is_empty() {
+        mark_published(db, &published).await?;
+    }
+    let unpublished: Vec<(i64, Unpublished)> = closed
+        .iter()
+        .flat_map(|group| group.unpublished.iter().cloned())
+        .collect();
+    release(db, &unpublished).await
 }
 
 /// Releases leased outputs; see [`super::Store::release_outputs`].
@@ -80,8 +110,9 @@ macro_rules! postgres_summaries {
                      coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence, blocked_by,
                      null::timestamptz as dropped_at, null as note,
                      case
-                         when via = 'wal' then case when seq in (select seq from oncely.wal_backlog()) then 'in-wal'
-                             else 'published' end
+                         when via <> 'poll' then case
+                             when seq not in (select seq from oncely.unrecorded_output) then 'published'
+                             when via = 'wal' then 'in-wal' else 'leased' end
                          when outbox.published_at is not null then 'published'
                          when parked_at is not null then 'parked'
                          when blocked_by is not null then 'blocked'
@@ -89,7 +120,7 @@ macro_rules! postgres_summaries {
                          when leased_until > pg_catalog.now() then 'leased'
                          else 'due'
                      end as state
-                 from oncely.outbox left join lateral oncely.find_relay_record(seq) as recorded on via = 'wal'
+                 from oncely.outbox left join lateral oncely.find_relay_record(seq) as recorded on via <> 'poll'
                  union all
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
                      parked_at, headers, body, null, null, null, dropped_at, note, 'dropped'
@@ -236,7 +267,7 @@ pub(super) async fn lag(db: &mut Db) -> Result<Vec<OutboxLag>> {
              from oncely.outbox left join oncely.outbox as before on before.seq = outbox.blocked_by
              where outbox.published_at is null and outbox.via = 'poll'
              union all
-             select worker, due_at, false, false from oncely.wal_backlog()
+             select worker, due_at, false, false from oncely.unrecorded_output
          )
          select worker, pg_catalog.count(*) filter (where due_at <= pg_catalog.now()) as unpublished,
              (extract(epoch from pg_catalog.now() - pg_catalog.min(due_at) filter (

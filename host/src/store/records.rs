@@ -71,6 +71,9 @@ pub struct OutboxRow {
     /// For a row handed over from memory: the unpublished rows of its key that were written before
     /// it. The row may be sent only after them.
     pub blocked_by: Vec<i64>,
+    /// The number of the group that it belongs to, on PostgreSQL. The outcomes of all outputs of a
+    /// group are recorded together, see [`GroupOutcome`].
+    pub group: Option<i64>,
     /// The earliest time it may have been sent to the broker. For a row handed over from memory
     /// that is its commit. After the broker's dedupe window, the stream must be searched for the
     /// row before it is published again.
@@ -123,6 +126,19 @@ pub enum Unpublished {
         /// The publish error, for display.
         error: String,
     },
+}
+
+/// The outcomes of a group of outputs that is leased to this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupOutcome {
+    /// The number of the group.
+    pub number: i64,
+    /// Outputs that are on their streams.
+    pub published: Vec<Published>,
+    /// Outputs that were not published, each by its number and with how to release it.
+    pub unpublished: Vec<(i64, Unpublished)>,
+    /// The numbers of outputs without an outcome. They stay leased, each by itself.
+    pub leased: Vec<i64>,
 }
 
 /// A published output with its place on the stream.

@@ -21,7 +21,7 @@ pub(super) async fn last_published(db: &mut Db, within: Duration) -> Result<Vec<
              from polled join oncely.outbox on outbox.seq = last[2]
              union all
              select outbox.seq, outbox.id, record.stream, last_sequence, record.published_at
-             from record join oncely.outbox on outbox.via = 'wal'
+             from record join oncely.outbox on outbox.via <> 'poll'
                  and outbox.seq = seqs[pg_catalog.array_position(sequences, last_sequence)]
          )
          select distinct on (stream) seq, id, stream, stream_sequence,
@@ -48,7 +48,7 @@ pub(super) async fn published_to(db: &mut Db, stream: &str) -> Result<Vec<Publis
              select outbox.seq, outbox.id, record.stream, published.sequence, record.published_at
              from oncely.relay_record as record
                  cross join unnest(record.seqs, record.sequences) as published (seq, sequence)
-                 join oncely.outbox on outbox.seq = published.seq and outbox.via = 'wal'
+                 join oncely.outbox on outbox.seq = published.seq and outbox.via <> 'poll'
              where record.stream = $1
          ) as published
          order by published_at, stream_sequence",
@@ -88,18 +88,18 @@ pub(super) async fn republish(db: &mut Db, lost: &[PublishedOutput]) -> Result<u
     Ok(polled + move_to_polling(db, &given).await?)
 }
 
-/// Leaves lost outputs that were published from the WAL to the poller.
+/// Leaves lost outputs of groups or from the WAL to the poller.
 async fn move_to_polling(db: &mut Db, given: &str) -> Result<u64> {
     let Db::Postgres(_) = db else { return Ok(0) };
     let sql = Sql::on_postgres(
         "update oncely.outbox set via = 'poll', leased_until = pg_catalog.now()
          from jsonb_to_recordset($1::jsonb) as given (seq bigint, stream text, sequence bigint)
-         where outbox.seq = given.seq and outbox.via = 'wal' and (given.seq, given.stream, given.sequence) in (
+         where outbox.seq = given.seq and outbox.via <> 'poll' and (given.seq, given.stream, given.sequence) in (
              select published.seq, record.stream, published.sequence from oncely.relay_record as record
                  cross join unnest(record.seqs, record.sequences) as published (seq, sequence)
              where record.stream in (
                  select stream from jsonb_to_recordset($1::jsonb) as lost (stream text)))",
-        "republish outputs of the WAL",
+        "republish outputs of groups and of the WAL",
     );
     db.execute(sql, &[Param::Text(given)]).await
 }

@@ -390,6 +390,7 @@ fn leased(row: &impl Columns) -> Result<OutboxRow> {
             body: row.bytes("body")?.into(),
             ordering_key: row.get("ordering_key")?,
             blocked_by: Vec::new(),
+            group: row.get("group_number")?,
             first_attempt_at: row.time("first_attempt_at")?,
             failures: row.small_number("failures")?,
         })

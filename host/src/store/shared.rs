@@ -345,6 +345,7 @@ pub(super) fn appended_row(
     output: &Output,
     first_attempt_at: Timestamp,
     blocked_by: Vec<i64>,
+    group: Option<i64>,
 ) -> OutboxRow {
     OutboxRow {
         seq,
@@ -355,6 +356,7 @@ pub(super) fn appended_row(
         body: output.body.clone(),
         ordering_key: output.ordering_key.clone(),
         blocked_by,
+        group,
         first_attempt_at,
         failures: 0,
     }

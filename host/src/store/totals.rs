@@ -19,19 +19,19 @@ pub(super) async fn by_worker(db: &mut Db) -> Result<Vec<WorkerTotals>> {
                          select from oncely.outbox as before
                          where before.seq = outbox.blocked_by and before.parked_at is not null)) as oldest
              from oncely.outbox group by worker
-         ), wal_backlog as (
+         ), unrecorded as (
              select worker, pg_catalog.count(*) as unpublished, pg_catalog.min(due_at) as oldest
-             from oncely.wal_backlog() group by worker
+             from oncely.unrecorded_output group by worker
          ), names as (
              select name as worker from oncely.worker union select worker from inbox
              union select worker from dead_letter union select worker from outbox
          )
          select worker, coalesce(done, 0) as done, coalesce(dead, 0) as dead, coalesce(outputs, 0) as outputs,
-             coalesce(outbox.unpublished, 0) + coalesce(wal_backlog.unpublished, 0) as unpublished,
+             coalesce(outbox.unpublished, 0) + coalesce(unrecorded.unpublished, 0) as unpublished,
              coalesce(parked, 0) as parked,
-             (extract(epoch from pg_catalog.now() - least(outbox.oldest, wal_backlog.oldest)) * 1000)::bigint as oldest_ms
+             (extract(epoch from pg_catalog.now() - least(outbox.oldest, unrecorded.oldest)) * 1000)::bigint as oldest_ms
          from names left join inbox using (worker) left join dead_letter using (worker) left join outbox using (worker)
-             left join wal_backlog using (worker)
+             left join unrecorded using (worker)
          order by worker",
         sqlite: "with clock as (
              select cast(unixepoch('subsec') * 1000000 as integer) as now

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use oncely::store::{OutboxRow, Output, OutputFilter, Published, Unpublished};
 
-use super::{LEASE, World, new_claim, new_output};
+use super::{LEASE, World, append_singly, new_claim, new_output};
 
 const NOW: Duration = Duration::ZERO;
 const LONG: Duration = Duration::from_secs(3600);
@@ -27,7 +27,7 @@ on_every_database!(
 async fn append(world: &World, outputs: &[Output], lease: Duration) -> Vec<OutboxRow> {
     let mut tx = world.begin().await;
     tx.claim(&[new_claim("e1", 1)]).await.unwrap();
-    let rows = tx.append_outputs(outputs, lease).await.unwrap();
+    let rows = append_singly(&mut tx, outputs, lease).await;
     tx.commit().await.unwrap();
     rows
 }

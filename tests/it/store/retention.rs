@@ -10,7 +10,9 @@ use oncely::store::{
     RetentionPolicy, StoreError,
 };
 
-use super::{LEASE, TIME, WORKER, World, claim, new_claim, new_dead_letter, new_output};
+use super::{
+    LEASE, TIME, WORKER, World, append_singly, claim, new_claim, new_dead_letter, new_output,
+};
 
 on_every_database!(
     expired_rows_are_deleted_and_dead_letters_stay,
@@ -91,7 +93,7 @@ async fn expired_rows_are_deleted_and_dead_letters_stay(world: World) {
         new_output("e1", 0, Duration::ZERO),
         new_output("e1", 1, Duration::ZERO),
     ];
-    let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
+    let rows = append_singly(&mut tx, &outputs, LEASE).await;
     tx.commit().await.unwrap();
     let (_, notices) = world
         .dead_letter(&[new_dead_letter("dead", b"", Reason::Rejected)])
@@ -296,10 +298,7 @@ async fn unpublished_outputs_outlast_their_partition(world: World) {
     let outputs: Vec<_> = (0..4)
         .map(|ordinal| new_output("e1", ordinal, Duration::ZERO))
         .collect();
-    let rows = tx
-        .append_outputs(&outputs, Duration::from_millis(1))
-        .await
-        .unwrap();
+    let rows = append_singly(&mut tx, &outputs, Duration::from_millis(1)).await;
     tx.commit().await.unwrap();
     let place = |seq| Published {
         seq,
@@ -420,7 +419,7 @@ async fn rows_in_every_table(world: &World) {
         new_output("e1", 0, Duration::ZERO),
         new_output("e1", 1, Duration::ZERO),
     ];
-    let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
+    let rows = append_singly(&mut tx, &outputs, LEASE).await;
     tx.commit().await.unwrap();
     world
         .dead_letter(&[new_dead_letter("dead", b"", Reason::Rejected)])

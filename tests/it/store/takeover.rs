@@ -6,7 +6,7 @@ use oncely::store::{
     HOST_LEASE, OutboxRow, PostgresStore, SqliteStore, Store, TakenOver, Unpublished,
 };
 
-use super::{LEASE, World, new_claim, new_output};
+use super::{LEASE, World, append_singly, new_claim, new_output};
 
 on_every_database!(
     leases_of_a_dead_host_are_released,
@@ -32,7 +32,7 @@ async fn append(world: &World) -> Vec<OutboxRow> {
         .zip(outputs)
         .map(|(ordinal, delay)| new_output("e1", ordinal, delay))
         .collect();
-    let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
+    let rows = append_singly(&mut tx, &outputs, LEASE).await;
     tx.commit().await.unwrap();
     rows
 }

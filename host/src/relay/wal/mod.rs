@@ -309,6 +309,7 @@ impl WalRelay {
                 recovered::split(&store, &state, free.collect()).await?;
             let mut outputs = OutputBatch {
                 rows: free,
+                group_members: Vec::new(),
                 since,
                 already_published,
                 unpublished: Vec::new(),

@@ -166,8 +166,12 @@ async fn remove_instance(connection: &mut PgConnection, id: i64) -> Result<Optio
          ), released as (
              update oncely.outbox set leased_until = now(), leased_by = null
              from leased where outbox.seq = leased.seq returning outbox.seq
+         ), groups as (
+             update oncely.outbox_group set leased_until = now()
+             where leased_until > now() and leased_by in (select id from gone) returning seqs
          )
-         select (select count(*) from gone), (select count(*) from released)"
+         select (select count(*) from gone),
+             (select count(*) from released) + (select count(*) from groups cross join unnest(seqs))"
     ));
     let row = raw_sql(AssertSqlSafe(forget))
         .fetch_one(connection)

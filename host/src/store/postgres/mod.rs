@@ -355,7 +355,7 @@ impl PostgresStore {
             .await?;
         let mut session = self.platform.begin(Purpose::Platform).await?;
         partitions::record_completed_redrives(&mut session).await?;
-        done |= partitions::delete_wal_records(&mut session, retention.outputs, retention.limit)
+        done |= partitions::delete_relay_records(&mut session, retention.outputs, retention.limit)
             .await?;
         done |= partitions::delete_deleted_state(&mut session, retention.limit).await?;
         if let Some(keep) = retention.inbox {

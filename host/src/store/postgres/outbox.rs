@@ -1,5 +1,6 @@
 //! The outbox: committed outputs that are to be published.
 
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -10,7 +11,9 @@ use sqlx::postgres::PgRow;
 use super::session::Session;
 use crate::store::error::Doing as _;
 use crate::store::shared::{self, ReleaseColumns};
-use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished, rows};
+use crate::store::{
+    GroupOutcome, OutboxRow, Output, Published, Result, StoreError, Unpublished, rows,
+};
 
 /// Appends outputs, each with its worker, in order. Outputs that are due at once are leased to this
 /// host and returned. Delayed ones are not leased and become due later. Times are read at the
@@ -38,6 +41,7 @@ pub(in crate::store) async fn append(
                 output,
                 first_attempt_at,
                 row.blocked_by,
+                row.group,
             ));
         }
     }
@@ -50,6 +54,8 @@ struct Appended {
     /// `None` if the row is left to the poller.
     first_attempt_at: Option<Timestamp>,
     blocked_by: Vec<i64>,
+    /// The number of its group.
+    group: Option<i64>,
 }
 
 /// Inserts outputs and returns their rows in order.
@@ -116,6 +122,7 @@ async fn insert(
             seq: row.try_get(0)?,
             first_attempt_at: first_attempt_at.map(shared::timestamp).transpose()?,
             blocked_by: blocked_by.unwrap_or_default(),
+            group: row.try_get(3)?,
         })
     };
     let rows: anyhow::Result<Vec<_>> = rows.iter().map(read).collect();
@@ -171,7 +178,7 @@ pub(in crate::store) async fn lease(
              first_attempt_at = coalesce(first_attempt_at, pg_catalog.now())
          from routed where outbox.seq = routed.seq and is_due and routed.before is null
          returning outbox.seq, id, worker, subject, headers, body, ordering_key, failures,
-             (extract(epoch from first_attempt_at) * 1000000)::bigint as first_attempt_at",
+             (extract(epoch from first_attempt_at) * 1000000)::bigint as first_attempt_at, null::bigint as group_number",
     );
     let rows = query
         .bind(i64::from(limit))
@@ -215,7 +222,7 @@ pub(in crate::store) async fn mark_published(
         .collect::<Result<_>>()?;
     let query = session.query(
         "update oncely.outbox
-         set published_at = coalesce(published_at, pg_catalog.now()), stream = given.stream,
+         set via = 'poll', published_at = coalesce(published_at, pg_catalog.now()), stream = given.stream,
              stream_sequence = given.stream_sequence, blocked_by = null, parked_at = null
          from unnest($1::bigint[], $2::text[], $3::bigint[]) as given (seq, stream, stream_sequence)
          where outbox.seq = given.seq",
@@ -249,6 +256,7 @@ pub(in crate::store) async fn release(
         "update oncely.outbox
          set leased_until = coalesce(pg_catalog.now() + given.after * interval '1 microsecond', 'infinity'),
              leased_by = null, failures = failures + given.failed::int, blocked_by = given.blocked_by,
+             via = case via when 'group' then 'poll' else via end,
              parked_at = case when given.parked then pg_catalog.now() end,
              last_error = coalesce(given.error, last_error),
              id = coalesce(given.next, id), ids_taken = ids_taken + (given.next is not null)::int
@@ -278,6 +286,113 @@ pub(in crate::store) async fn release(
         .execute(session.connection())
         .await
         .doing("release outputs")?;
+    Ok(())
+}
+
+/// Leases groups whose lease has ended, oldest first, with at least `limit` outputs if there are as
+/// many. Returns their outputs like [`lease`], except that no output is blocked.
+pub(in crate::store) async fn lease_groups(
+    session: &mut Session,
+    limit: u32,
+    lease: Duration,
+) -> Result<(Vec<OutboxRow>, Vec<(i64, Unpublished)>)> {
+    let query = session.query(
+        "with due as materialized (
+             select number, leased_until, cardinality(seqs) as size from oncely.outbox_group
+             where leased_until <= pg_catalog.now() order by leased_until, number limit $1 for update skip locked
+         ), picked as materialized (
+             select number, pg_catalog.sum(size) over (order by leased_until, number) - size as before from due
+         ), leased as (
+             update oncely.outbox_group
+             set leased_until = pg_catalog.now() + $2 * interval '1 microsecond',
+                 leased_by = nullif(pg_catalog.current_setting('oncely.instance', true), '')::bigint
+             from picked where outbox_group.number = picked.number and before < $1
+             returning outbox_group.number, seqs
+         )
+         select outbox.seq, id, outbox.worker, subject, headers, body, ordering_key, failures,
+             (extract(epoch from first_attempt_at) * 1000000)::bigint as first_attempt_at, leased.number as group_number
+         from leased cross join unnest(seqs) as member (seq)
+             join oncely.outbox on outbox.seq = member.seq and via = 'group'
+         order by outbox.seq",
+    );
+    let rows = query
+        .bind(i64::from(limit))
+        .bind(shared::micros(lease))
+        .fetch_all(session.connection())
+        .await
+        .doing("lease output groups")?;
+    rows::leased_outputs(&rows)
+}
+
+/// Deletes groups, leases their outputs without an outcome one by one, and records the places of
+/// the published ones. Returns the numbers of the groups that this host had leased. Another host
+/// has leased the others by now, or this was recorded before.
+pub(in crate::store) async fn close_groups(
+    session: &mut Session,
+    groups: &[GroupOutcome],
+) -> Result<HashSet<i64>> {
+    let query = session.query(
+        "with closed as (
+             delete from oncely.outbox_group
+             where number = any($1) and (leased_by is null
+                 or leased_by = nullif(pg_catalog.current_setting('oncely.instance', true), '')::bigint)
+             returning number, seqs, leased_until, leased_by
+         ), leased as (
+             update oncely.outbox
+             set via = 'poll', leased_until = closed.leased_until, leased_by = closed.leased_by
+             from unnest($2::bigint[]) as given (seq) join closed on given.seq = any(closed.seqs)
+             where outbox.seq = given.seq
+         )
+         select number from closed",
+    );
+    let leased = groups.iter().flat_map(|group| group.leased.iter().copied());
+    let rows = query
+        .bind(groups.iter().map(|group| group.number).collect::<Vec<_>>())
+        .bind(leased.collect::<Vec<_>>())
+        .fetch_all(session.connection())
+        .await
+        .doing("delete output groups")?;
+    let closed: HashSet<i64> = rows
+        .iter()
+        .map(|row| row.try_get(0))
+        .collect::<sqlx::Result<_>>()
+        .doing("delete output groups")?;
+    let published = groups
+        .iter()
+        .filter(|group| closed.contains(&group.number))
+        .flat_map(|group| &group.published);
+    add_relay_records(session, published).await?;
+    Ok(closed)
+}
+
+/// Records the places of outputs, one row for each stream, for as long as the outputs are kept.
+pub(super) async fn add_relay_records<'a>(
+    session: &mut Session,
+    published: impl IntoIterator<Item = &'a Published>,
+) -> Result<()> {
+    let mut streams = BTreeMap::<&str, Vec<&Published>>::new();
+    for place in published {
+        streams.entry(&place.stream).or_default().push(place);
+    }
+    for (stream, places) in streams {
+        let sequences: Vec<i64> = places
+            .iter()
+            .map(|place| shared::signed(place.stream_sequence))
+            .collect::<Result<_>>()?;
+        let query = session.query(
+            "insert into oncely.relay_record (stream, seqs, sequences, last_seq, last_sequence)
+             values ($1, $2, $3, $4, $5)",
+        );
+        query
+            .bind(stream)
+            .bind(places.iter().map(|place| place.seq).collect::<Vec<_>>())
+            .bind(&sequences)
+            .bind(places.iter().map(|place| place.seq).max())
+            .bind(sequences.iter().max().copied())
+            .execute(session.connection())
+            .await
+            .doing("record the places of outputs")?;
+    }
     Ok(())
 }
 

@@ -193,7 +193,7 @@ async fn truncate_oldest(
     // An outbox partition stays while it has many unpublished rows, or unpublished WAL outputs.
     if table == PartitionedTable::Outbox
         && (has_more_than(session, *part, &unexpired, retention.limit).await?
-            || has_wal_outputs(session, *part).await?)
+            || has_unrecorded_outputs(session, *part).await?)
     {
         return Ok(false);
     }
@@ -205,8 +205,8 @@ async fn truncate_oldest(
     if let (Some(folder), PartitionedTable::Inbox | PartitionedTable::Outbox) =
         (&retention.archive, table)
     {
-        let rows = if table == PartitionedTable::Outbox && has_wal_records(session).await? {
-            WITH_WAL_RECORDS
+        let rows = if table == PartitionedTable::Outbox && has_relay_records(session).await? {
+            WITH_RELAY_RECORDS
         } else {
             "*"
         };
@@ -228,7 +228,7 @@ async fn truncate_oldest(
         )
         .await?;
     if table == PartitionedTable::Outbox {
-        settle_wal_outputs(session, *part, current, &unexpired).await?;
+        settle_recorded_outputs(session, *part, current, &unexpired).await?;
     }
 
     // Move the unexpired rows, then truncate.
@@ -304,10 +304,10 @@ async fn has_more_than(
     Ok(count > i64::from(limit))
 }
 
-/// Whether an outbox partition has unpublished WAL outputs.
-async fn has_wal_outputs(session: &mut Session, part: i16) -> Result<bool> {
+/// Whether an outbox partition has unpublished outputs of groups or in the WAL.
+async fn has_unrecorded_outputs(session: &mut Session, part: i16) -> Result<bool> {
     let query = session.query(
-        "select exists (select from oncely.wal_backlog() as unpublished where exists (
+        "select exists (select from oncely.unrecorded_output as unpublished where exists (
              select from oncely.outbox where outbox.seq = unpublished.seq and outbox.partition = $1))",
     );
     let row = query
@@ -315,12 +315,12 @@ async fn has_wal_outputs(session: &mut Session, part: i16) -> Result<bool> {
         .fetch_one(session.connection())
         .await
         .and_then(|row| row.try_get(0));
-    row.doing("find unpublished outputs in the WAL")
+    row.doing("find unpublished outputs of groups and in the WAL")
 }
 
-/// Moves outputs that were recently published from the WAL to the current partition. They become
-/// polled rows: as WAL rows they would be written to the WAL a second time.
-async fn settle_wal_outputs(
+/// Moves outputs of groups or from the WAL that were recently published to the current partition.
+/// They become polled rows: as WAL rows they would be written to the WAL a second time.
+async fn settle_recorded_outputs(
     session: &mut Session,
     part: i16,
     current: i16,
@@ -333,20 +333,19 @@ async fn settle_wal_outputs(
          from (select one.seq as recorded_seq, record.stream, one.sequence, record.published_at
                from oncely.relay_record as record
                    cross join unnest(record.seqs, record.sequences) as one (seq, sequence)) as recorded
-         where partition = {part} and via = 'wal' and seq = recorded_seq and {unexpired}"
+         where partition = {part} and via <> 'poll' and seq = recorded_seq and {unexpired}"
     );
     session
-        .run(settled, "move published outputs of the WAL")
+        .run(settled, "move published outputs of groups and of the WAL")
         .await
 }
 
-/// The archived columns once outputs were published from the WAL: with place and time of
-/// publication.
-const WITH_WAL_RECORDS: &str =
+/// The archived columns once there are relay records: with place and time of publication.
+const WITH_RELAY_RECORDS: &str =
     "outbox.*, (select pg_catalog.to_json(recorded) from oncely.find_relay_record(outbox.seq) as recorded
-    where outbox.via = 'wal') as relay_record";
+    where outbox.via <> 'poll') as relay_record";
 
-async fn has_wal_records(session: &mut Session) -> Result<bool> {
+async fn has_relay_records(session: &mut Session) -> Result<bool> {
     let query = session.query("select exists (select from oncely.relay_record)");
     let row = query
         .fetch_one(session.connection())
@@ -355,9 +354,9 @@ async fn has_wal_records(session: &mut Session) -> Result<bool> {
     row.doing("find relay records")
 }
 
-/// Deletes at most `limit` records of outputs that were published from the WAL and are deleted.
+/// Deletes at most `limit` relay records of outputs that are deleted.
 /// Returns whether there may be more.
-pub(super) async fn delete_wal_records(
+pub(super) async fn delete_relay_records(
     session: &mut Session,
     keep: Duration,
     limit: u32,

@@ -61,6 +61,7 @@ pub(in crate::store) async fn append(
                 &sealed,
                 first_attempt_at,
                 queue.blocked_by,
+                None,
             ));
         }
     }
@@ -207,7 +208,8 @@ pub(in crate::store) async fn lease(
          set leased_until = now + $2, leased_by = $3, first_attempt_at = coalesce(first_attempt_at, now)
          from clock
          where seq in (select value from json_each($1))
-         returning seq, id, worker, subject, headers, body, ordering_key, failures, first_attempt_at",
+         returning seq, id, worker, subject, headers, body, ordering_key, failures, first_attempt_at,
+             null as group_number",
     )
     .bind(serde_json::json!(next.iter().map(|(seq, _)| *seq).collect::<Vec<_>>()).to_string())
     .bind(shared::micros(lease))

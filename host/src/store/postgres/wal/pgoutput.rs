@@ -104,6 +104,7 @@ fn row(columns: &[String], message: &mut Bytes) -> Result<OutboxRow> {
             .map(|key| string(&key))
             .transpose()?,
         blocked_by: Vec::new(),
+        group: None,
         first_attempt_at: shared::timestamp(first_attempt_at)?,
         failures: 0,
     })

@@ -12,9 +12,7 @@ use super::super::{errors, outbox};
 use super::connection::{Replication, StartError};
 use super::pgoutput::{Decoder, EPOCH_MICROS};
 use super::{lsn_text, read_lsn};
-use crate::store::{
-    Lsn, Published, Result, StoreError, WalEvent, WalReader, WalRecord, WalSnapshot, shared,
-};
+use crate::store::{Lsn, Result, StoreError, WalEvent, WalReader, WalRecord, WalSnapshot, shared};
 
 pub(super) struct Reader {
     sessions: Sessions,
@@ -129,9 +127,7 @@ impl WalReader for Reader {
             session.commit().await?;
             return Ok(None);
         }
-        for (stream, places) in by_stream(&record.published) {
-            record_published(&mut session, stream, &places).await?;
-        }
+        outbox::add_relay_records(&mut session, &record.published).await?;
         outbox::move_to_polling(&mut session, &record.released).await?;
         let wal_snapshot = wal_snapshot(&mut session).await?;
         session.commit().await?;
@@ -200,40 +196,6 @@ async fn advance(session: &mut Session, number: i64, record: &WalRecord) -> Resu
         .await
         .doing("advance the WAL position")?;
     Ok(moved.rows_affected() > 0)
-}
-
-fn by_stream(published: &[Published]) -> std::collections::BTreeMap<&str, Vec<&Published>> {
-    let mut streams = std::collections::BTreeMap::<&str, Vec<&Published>>::new();
-    for place in published {
-        streams.entry(&place.stream).or_default().push(place);
-    }
-    streams
-}
-
-/// Records the places of outputs, for as long as the outputs are kept.
-async fn record_published(
-    session: &mut Session,
-    stream: &str,
-    places: &[&Published],
-) -> Result<()> {
-    let sequences: Vec<i64> = places
-        .iter()
-        .map(|place| shared::signed(place.stream_sequence))
-        .collect::<Result<_>>()?;
-    let query = session.query(
-        "insert into oncely.relay_record (stream, seqs, sequences, last_seq, last_sequence)
-         values ($1, $2, $3, $4, $5)",
-    );
-    query
-        .bind(stream)
-        .bind(places.iter().map(|place| place.seq).collect::<Vec<_>>())
-        .bind(&sequences)
-        .bind(places.iter().map(|place| place.seq).max())
-        .bind(sequences.iter().max().copied())
-        .execute(session.connection())
-        .await
-        .doing("record outputs published from the WAL")?;
-    Ok(())
 }
 
 async fn wal_snapshot(session: &mut Session) -> Result<WalSnapshot> {
