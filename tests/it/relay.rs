@@ -4,6 +4,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
+use bytes::Bytes;
+use oncely::model::message::OutputKind;
+use oncely::store::{Output, PostgresStore, Store};
 use support::counting::{check_order, counting_messages, published_values};
 use support::database::Kind;
 use support::eventually::{eventually, until_at_least};
@@ -344,3 +347,36 @@ both!(
         Ok(())
     }
 );
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backlog_of_output_groups_is_published_by_the_next_host() -> Result<()> {
+    const GROUPS: u32 = 8;
+    const SIZE: u32 = 500;
+    let mut world = World::start(Kind::Postgres, &manifest("")?).await?;
+    world.stop_host().await?;
+    let store = PostgresStore::connect(&world.database.url(), 2).await?;
+    let store: Store = store.into();
+    for group in 0..GROUPS {
+        let output = |ordinal| Output {
+            kind: OutputKind::Derived,
+            id: format!("test:e{group}:{ordinal}"),
+            event_id: format!("e{group}"),
+            ordinal,
+            subject: "out.x".to_owned(),
+            headers: Vec::new(),
+            body: Bytes::from_static(b"{}"),
+            ordering_key: None,
+            delay: Duration::ZERO,
+        };
+        let outputs: Vec<Output> = (0..SIZE).map(output).collect();
+        let mut tx = store.begin("test", Duration::from_secs(20)).await?;
+        let appended = tx.append_outputs(&outputs, Duration::ZERO).await?;
+        assert!(appended.iter().all(|row| row.group.is_some()));
+        tx.commit().await?;
+    }
+    world.start_host().await?;
+    world.until(world.database.unpublished(), 0).await?;
+    let published = world.nats.read_stream("OUT").await?.len();
+    assert_eq!(published, (GROUPS * SIZE) as usize);
+    Ok(())
+}

@@ -417,7 +417,7 @@ impl Relay {
                 // that leases it.
                 self.recorder
                     .unpublished(self.key_queues.unpublished(&output.row));
-                if self.recorder.is_from_wal(output.row.seq) {
+                if self.recorder.needs_outcome(output.row.seq) {
                     self.recorder.unpublished([(output.row.seq, retry_now())]);
                 }
                 continue;

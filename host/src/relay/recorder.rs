@@ -139,6 +139,12 @@ impl Recorder {
         self.wal.keys.contains_key(&seq)
     }
 
+    /// Whether an output in memory needs an outcome in any case, because it has no lease of its own
+    /// that ends.
+    pub fn needs_outcome(&self, seq: i64) -> bool {
+        self.is_from_wal(seq) || self.groups.members.contains_key(&seq)
+    }
+
     /// Polling outcomes are recorded up to this number, or all of them for a new reader.
     pub fn on_recorded(&mut self, recorded: u64, is_first: bool) {
         self.wal
@@ -341,5 +347,72 @@ pub fn log_errors<'a>(unpublished: impl IntoIterator<Item = &'a (i64, Unpublishe
     }
     for (error, count) in errors {
         tracing::warn!(count, error, "publish failed, retrying");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(seq: i64) -> Published {
+        Published {
+            seq,
+            stream: "OUT".to_owned(),
+            stream_sequence: 7,
+        }
+    }
+
+    fn groups(members: &[(i64, i64)]) -> OpenGroups {
+        let mut groups = OpenGroups::default();
+        for (seq, number) in members {
+            groups.track(*seq, *number);
+        }
+        groups
+    }
+
+    fn publish(groups: &mut OpenGroups, seq: i64) -> Option<GroupOutcome> {
+        let number = groups.take(seq)?;
+        groups.add(number, |group| group.published.push(place(seq)))
+    }
+
+    #[test]
+    fn a_group_is_closed_with_its_last_outcome() {
+        let mut groups = groups(&[(1, 1), (2, 1), (3, 3)]);
+        assert_eq!(publish(&mut groups, 2), None);
+        assert!(groups.have_outcomes());
+        let closed = publish(&mut groups, 1).expect("the last outcome");
+        assert_eq!(closed.number, 1);
+        assert_eq!(closed.published, [place(2), place(1)]);
+        assert!(!groups.have_outcomes());
+        assert_eq!(publish(&mut groups, 1), None, "no second outcome");
+    }
+
+    #[test]
+    fn a_group_that_is_leased_again_waits_for_each_output_once() {
+        let mut groups = groups(&[(1, 1), (2, 1)]);
+        assert_eq!(publish(&mut groups, 1), None);
+        groups.track(1, 1);
+        groups.track(2, 1);
+        assert_eq!(publish(&mut groups, 2), None);
+        assert!(publish(&mut groups, 1).is_some());
+        assert!(groups.members.is_empty() && groups.groups.is_empty());
+    }
+
+    #[test]
+    fn only_groups_with_outcomes_are_dissolved() {
+        let mut groups = groups(&[(1, 1), (2, 1), (3, 3), (4, 3)]);
+        assert_eq!(groups.dissolve(), []);
+        assert_eq!(publish(&mut groups, 1), None);
+        let dissolved = groups.dissolve();
+        let expected = GroupOutcome {
+            number: 1,
+            published: vec![place(1)],
+            unpublished: Vec::new(),
+            leased: vec![2],
+        };
+        assert_eq!(dissolved, [expected]);
+        assert_eq!(groups.take(2), None, "it has a lease of its own now");
+        assert_eq!(publish(&mut groups, 3), None);
+        assert!(publish(&mut groups, 4).is_some());
     }
 }

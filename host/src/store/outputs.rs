@@ -41,6 +41,7 @@ pub(super) async fn lease(db: &mut Db, limit: u32, lease: Duration) -> Result<Ve
         Session::Postgres(session) => {
             let (mut leased, mut not_leased) =
                 postgres::outbox::lease_groups(session, limit, lease).await?;
+            postgres::outbox::take_out_of_group(session, &not_leased).await?;
             postgres::outbox::unblock(session).await?;
             let left = limit.saturating_sub(leased.len() as u32);
             let singly = postgres::outbox::lease(session, left, lease).await?;

@@ -174,6 +174,44 @@ async fn a_group_whose_lease_ended_is_leased_by_another_host() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn failed_outputs_of_the_group_of_a_dead_host_are_released() {
+    let world = World::postgres().await;
+    world.store.renew_lease().await.unwrap();
+    let rows = append(&world, &outputs(4), SHORT).await;
+    let spoil = format!(
+        "update oncely.outbox set headers = '[[1]]' where seq = {}",
+        rows[3].seq
+    );
+    world.run_directly(&spoil).await;
+    let other = another(&world).await;
+    other.renew_lease().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(other.lease_outputs(100, LEASE).await.unwrap(), rows[..3]);
+    let later = Unpublished::Later {
+        after: Duration::ZERO,
+        error: None,
+    };
+    let outcome = GroupOutcome {
+        number: group_of(&rows),
+        published: vec![place(&rows[0])],
+        unpublished: vec![(rows[1].seq, later)],
+        leased: vec![rows[2].seq],
+    };
+    other.record_groups(&[outcome]).await.unwrap();
+    let states = states(&world, &rows[..3]).await;
+    let states: Vec<&str> = states.iter().map(|(state, _)| state.as_str()).collect();
+    assert_eq!(states, ["published", "due", "leased"]);
+    let parked = OutputFilter {
+        limit: 100,
+        ..OutputFilter::default()
+    };
+    let parked = world.store.outputs(&parked).await.unwrap();
+    assert_eq!(parked[0].number, rows[3].seq);
+    assert_eq!(lease(&world).await, singly(&rows[1..2]));
+    other.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_poll_leases_whole_groups_up_to_its_limit() {
     let world = World::postgres().await;
     let mut groups = Vec::new();

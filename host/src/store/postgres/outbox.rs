@@ -133,6 +133,25 @@ async fn insert(
     Ok(rows)
 }
 
+/// Takes outputs out of their group, which this host has leased.
+pub(in crate::store) async fn take_out_of_group(
+    session: &mut Session,
+    rows: &[(i64, Unpublished)],
+) -> Result<()> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let query = session.query(
+        "update oncely.outbox set via = 'poll', leased_by = null where seq = any($1) and via = 'group'",
+    );
+    query
+        .bind(rows.iter().map(|(seq, _)| *seq).collect::<Vec<_>>())
+        .execute(session.connection())
+        .await
+        .doing("take outputs out of their group")?;
+    Ok(())
+}
+
 /// Leases due outputs, oldest first, and skips rows that another host is leasing. A due output that
 /// is not the first of its per-key queue becomes blocked. Its blocker is the last output before it,
 /// or the output that blocks that one. It is due again after its blocker is published or dropped.
@@ -256,7 +275,6 @@ pub(in crate::store) async fn release(
         "update oncely.outbox
          set leased_until = coalesce(pg_catalog.now() + given.after * interval '1 microsecond', 'infinity'),
              leased_by = null, failures = failures + given.failed::int, blocked_by = given.blocked_by,
-             via = case via when 'group' then 'poll' else via end,
              parked_at = case when given.parked then pg_catalog.now() end,
              last_error = coalesce(given.error, last_error),
              id = coalesce(given.next, id), ids_taken = ids_taken + (given.next is not null)::int
@@ -324,8 +342,8 @@ pub(in crate::store) async fn lease_groups(
     rows::leased_outputs(&rows)
 }
 
-/// Deletes groups, leases their outputs without an outcome one by one, and records the places of
-/// the published ones. Returns the numbers of the groups that this host had leased. Another host
+/// Deletes groups, leases their outputs that are not published one by one, and records the places
+/// of the others. Returns the numbers of the groups that this host had leased. Another host
 /// has leased the others by now, or this was recorded before.
 pub(in crate::store) async fn close_groups(
     session: &mut Session,
@@ -345,7 +363,10 @@ pub(in crate::store) async fn close_groups(
          )
          select number from closed",
     );
-    let leased = groups.iter().flat_map(|group| group.leased.iter().copied());
+    let leased = groups.iter().flat_map(|group| {
+        let unpublished = group.unpublished.iter().map(|(seq, _)| seq);
+        unpublished.chain(&group.leased).copied()
+    });
     let rows = query
         .bind(groups.iter().map(|group| group.number).collect::<Vec<_>>())
         .bind(leased.collect::<Vec<_>>())
