@@ -10,6 +10,9 @@ pub mod cli;
 // The control API: JSON over HTTP.
 mod api;
 
+// `oncely doctor`: checks of servers, machine and settings.
+mod doctor;
+
 // A running host: start and stop, supervision of workers, deployments, restores.
 mod runtime;
 

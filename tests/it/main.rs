@@ -40,6 +40,7 @@ mod deploy;
 mod deploy_plan;
 mod deploy_secrets;
 mod docs;
+mod doctor;
 mod first_run;
 mod hints;
 mod hostile;

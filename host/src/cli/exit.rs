@@ -31,6 +31,9 @@ codes! {
         Truncated: "6",
             "`oncely replay`: the recording was cut before the failure, and matches up to there.",
             "Nothing: the recording contains no more.";
+        Findings: "7",
+            "`oncely doctor`: at least one problem was found.",
+            "Read the findings; each problem has a fix.";
         Changes: "10",
             "`oncely deploy --plan`: a deployment would change something.",
             "Deploy, or fail the check in CI.";

@@ -10,6 +10,7 @@ mod completions;
 mod deploy;
 mod dev;
 mod dlq;
+mod doctor;
 mod encode;
 pub mod exit;
 mod explain;
@@ -61,6 +62,7 @@ enum Command {
     Recover(recover::Recover),
     State(state::State),
     Status(status::Status),
+    Doctor(Box<doctor::Doctor>),
     Completions(completions::Completions),
     Schema(schema::Schema),
     Explain(explain::Explain),
@@ -88,6 +90,7 @@ impl Cli {
             Command::Recover(recover) => recover.run().await,
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
+            Command::Doctor(doctor) => doctor.run().await,
             Command::Completions(completions) => completions.run(),
             Command::Schema(schema) => schema.run(),
             Command::Explain(explain) => explain.run(),

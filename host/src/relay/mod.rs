@@ -41,6 +41,7 @@ mod wal;
 use breakers::Breakers;
 use duplicates::Duplicates;
 use key_queues::{KeyQueues, LeasedOutput};
+pub use poller::DUPLICATE_WINDOW_MIN;
 use poller::OutputBatch;
 use recorder::Recorder;
 pub use repair::Repair;

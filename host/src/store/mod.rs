@@ -34,6 +34,7 @@ mod deployments;
 mod error;
 mod guest_statement;
 mod inbox;
+pub mod inspection;
 mod instance;
 mod migrations;
 mod outputs;
