@@ -48,6 +48,7 @@ mod ids;
 mod ingress;
 mod ledger;
 mod metrics;
+mod monitoring;
 mod new;
 mod oci;
 mod operating;
