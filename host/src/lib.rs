@@ -16,6 +16,8 @@ mod doctor;
 // A running host: start and stop, supervision of workers, deployments, restores.
 mod runtime;
 
+// `oncely audit`: compares the database with the streams.
+mod audit;
 // Alarms: the monitor that raises them, the webhook that posts them.
 mod alarms;
 // Dead letters: dry run of a redrive, verification afterwards, replay of a failed attempt.

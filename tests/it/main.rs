@@ -23,6 +23,7 @@ macro_rules! both {
 }
 
 mod alarms;
+mod audit;
 mod batches;
 mod bindings;
 mod build;

@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
+mod audit;
 mod build;
 pub mod cargo;
 mod client;
@@ -62,6 +63,7 @@ enum Command {
     Recover(recover::Recover),
     State(state::State),
     Status(status::Status),
+    Audit(audit::Audit),
     Doctor(Box<doctor::Doctor>),
     Completions(completions::Completions),
     Schema(schema::Schema),
@@ -90,6 +92,7 @@ impl Cli {
             Command::Recover(recover) => recover.run().await,
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
+            Command::Audit(audit) => audit.run().await,
             Command::Doctor(doctor) => doctor.run().await,
             Command::Completions(completions) => completions.run(),
             Command::Schema(schema) => schema.run(),

@@ -44,7 +44,7 @@ use key_queues::{KeyQueues, LeasedOutput};
 pub use poller::DUPLICATE_WINDOW_MIN;
 use poller::OutputBatch;
 use recorder::Recorder;
-pub use repair::Repair;
+pub use repair::{Repair, is_lost};
 pub use state::{BreakerState, RefusedSubject, RelayState};
 use subjects::{Refusal, SubjectBreakers};
 pub use wal::{RelayModeController, WalChannels, WalRelay};

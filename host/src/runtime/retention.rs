@@ -124,7 +124,7 @@ impl Host {
     }
 
     /// How long inbox records are kept now; none means forever.
-    async fn inbox_retention(&self) -> Result<Option<Duration>> {
+    pub async fn inbox_retention(&self) -> Result<Option<Duration>> {
         let mut ages = Vec::new();
         // Retired workers count: deployed again, they receive the messages still on their streams.
         for deployment in self.services.store.newest_deployments().await? {
