@@ -10,9 +10,14 @@ pub mod cli;
 // The control API: JSON over HTTP.
 mod api;
 
+// `oncely doctor`: checks of servers, machine and settings.
+mod doctor;
+
 // A running host: start and stop, supervision of workers, deployments, restores.
 mod runtime;
 
+// `oncely audit`: compares the database with the streams.
+mod audit;
 // Alarms: the monitor that raises them, the webhook that posts them.
 mod alarms;
 // Dead letters: dry run of a redrive, verification afterwards, replay of a failed attempt.

@@ -25,7 +25,7 @@ fn main() -> ExitCode {
             let exit = exit::Exit::from_error(&error);
             match exit {
                 // A result, not a failure.
-                exit::Exit::Changes => term::note(&error),
+                exit::Exit::Changes | exit::Exit::Findings => term::note(&error),
                 _ => term::error(&error),
             }
             exit.into()

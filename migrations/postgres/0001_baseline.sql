@@ -199,6 +199,8 @@ create index dead_letter_unresolved on oncely.dead_letter (id) where state in ('
 create index dead_letter_open on oncely.dead_letter (worker, died_at) where state = 'open';
 create index dead_letter_unresolved_by_group on oncely.dead_letter (group_id)
     where state in ('open', 'redriven');
+-- Audits of a time.
+create index dead_letter_by_age on oncely.dead_letter (died_at);
 
 -- A failure that dead letters have in common: worker, reason, code, shape of the detail, and place
 -- of the trap. The dead letters of a group are counted in `dead_letter`.

@@ -172,6 +172,8 @@ create index oncely_dead_letter_unresolved on oncely_dead_letter (id)
 create index oncely_dead_letter_open on oncely_dead_letter (worker, died_at) where state = 'open';
 create index oncely_dead_letter_unresolved_by_group on oncely_dead_letter (group_id)
     where state in ('open', 'redriven');
+-- Audits of a time.
+create index oncely_dead_letter_by_age on oncely_dead_letter (died_at);
 
 -- A failure that dead letters have in common: worker, reason, code, shape of the detail, and place
 -- of the trap. The dead letters of a group are counted in `oncely_dead_letter`.

@@ -23,6 +23,7 @@ macro_rules! both {
 }
 
 mod alarms;
+mod audit;
 mod batches;
 mod bindings;
 mod build;
@@ -40,6 +41,7 @@ mod deploy;
 mod deploy_plan;
 mod deploy_secrets;
 mod docs;
+mod doctor;
 mod first_run;
 mod hints;
 mod hostile;
@@ -47,6 +49,7 @@ mod ids;
 mod ingress;
 mod ledger;
 mod metrics;
+mod monitoring;
 mod new;
 mod oci;
 mod operating;

@@ -54,8 +54,8 @@ fn each_outside_library_has_one_module() -> Result<()> {
             "hyper",
             &["alarms", "guest", "http_server", "https", "registry"],
         ),
-        // Process limits: open files, and those of the compiler process.
-        ("rustix", &["http_server", "guest"]),
+        // Process limits: open files, and those of the compiler process. File systems.
+        ("rustix", &["http_server", "guest", "doctor"]),
         ("tokio_rustls", &["bus", "https"]),
         ("nkeys", &["bus"]),
         ("moka", &["cache"]),

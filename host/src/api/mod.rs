@@ -32,6 +32,10 @@ use crate::store::{Attribution, StateRecord, StoreError, WalState, WorkerTotals}
 
 pub mod dead_letters;
 
+mod audit;
+
+mod doctor;
+
 pub mod outbox;
 
 /// The maximum body of requests other than component uploads, in bytes.
@@ -57,6 +61,8 @@ pub fn router(host: Arc<Host>, token: &str) -> Router {
         .route("/workers/{worker}/state", get(state_list))
         .route("/workers/{worker}/state/entry", get(state_get))
         .merge(outbox::routes())
+        .route("/audit", post(audit::audit))
+        .route("/doctor", get(doctor::doctor))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .route(
             "/components",

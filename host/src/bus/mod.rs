@@ -23,6 +23,7 @@ mod connection;
 mod decode;
 mod denials;
 mod feed;
+mod inspection;
 mod installation;
 mod login;
 mod publish;
@@ -37,6 +38,7 @@ mod wire;
 
 pub use alarms::{AlarmConsumer, AlarmMessage};
 pub use feed::{Feed, FeedEvent};
+pub use inspection::{ChangedSetting, ConsumerFacts, ServerFacts, StreamFacts};
 pub use installation::OtherInstallation;
 pub use publish::{OutgoingMessage, PublishAck, PublishError, PublishResult};
 pub use pull::{
@@ -57,7 +59,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest delay between two reconnect attempts.
 const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(2);
 
-const NO_SERVER_HINT: &str =
+/// The hint for a server that does not answer.
+pub const NO_SERVER_HINT: &str =
     "start the server, use `oncely dev`, which starts one, or set its address with --nats";
 
 const WRONG_LOGIN_HINT: &str =

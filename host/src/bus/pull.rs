@@ -468,7 +468,7 @@ fn filters(info: &Info) -> Vec<String> {
     subjects
 }
 
-fn config(subscription: &Subscription) -> Config {
+pub(super) fn config(subscription: &Subscription) -> Config {
     // Servers report one subject and several in different fields. Matching that makes an unchanged
     // update a no-op.
     let (filter_subject, filter_subjects) = match subscription.subjects.as_slice() {

@@ -334,6 +334,8 @@ fn scan_config() -> pull::Config {
 pub struct ScannedMessage {
     /// The position of the message on the stream.
     pub sequence: u64,
+    /// When the stream stored the message.
+    pub stored_at: Timestamp,
     /// The subject under which the message is stored.
     pub subject: String,
     /// All headers of the message, in order.
@@ -399,6 +401,7 @@ async fn scan_up_to(
         let headers = headers(Some(&message.headers));
         each(ScannedMessage {
             sequence: message.position.sequence,
+            stored_at: message.position.stored_at,
             subject: message.subject,
             headers,
         });

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::exit::Exit;
 use crate::api::ErrorResponse;
+use crate::config::HostConfig;
 use crate::model::hint::WithHint;
 
 /// The file in the data folder of a host with its address and its token.
@@ -220,6 +221,16 @@ fn from_error_response(error_response: ErrorResponse, exit: Exit) -> anyhow::Err
         .into_iter()
         .rev()
         .fold(error, |error, hint| error.hint(hint))
+}
+
+/// Creates the folder for archived rows if it is missing.
+pub fn make_archive(config: &HostConfig) -> Result<()> {
+    let Some(folder) = &config.archive else {
+        return Ok(());
+    };
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("create the archive folder {}", folder.display()))
+        .hint("set another folder with --archive FOLDER")
 }
 
 /// Creates the data folder if it is missing, accessible for this user only.

@@ -31,6 +31,9 @@ codes! {
         Truncated: "6",
             "`oncely replay`: the recording was cut before the failure, and matches up to there.",
             "Nothing: the recording contains no more.";
+        Findings: "7",
+            "`oncely doctor` found a problem, or `oncely audit` a difference.",
+            "Read the findings; each has a fix.";
         Changes: "10",
             "`oncely deploy --plan`: a deployment would change something.",
             "Deploy, or fail the check in CI.";

@@ -5,6 +5,7 @@ use clap::Args;
 
 use super::exit::Exit;
 use super::term;
+use crate::audit;
 use crate::ingress::ProblemCode;
 use crate::model::alarm;
 use crate::model::explanation::Explanation;
@@ -61,7 +62,7 @@ impl Explain {
     }
 }
 
-fn groups() -> [Group; 6] {
+fn groups() -> [Group; 7] {
     [
         Group {
             title: "reason of a dead letter",
@@ -88,6 +89,11 @@ fn groups() -> [Group; 6] {
             title: "alarm",
             place: "`oncely status` and the stream of alarms, see [alarms](alarms.md).",
             codes: explanations(&alarm::Kind::ALL, |kind| kind.explanation()),
+        },
+        Group {
+            title: "difference of an audit",
+            place: "The output of `oncely audit`, see [audit](audit.md).",
+            codes: explanations(audit::Kind::ALL, |kind| kind.explanation()),
         },
         Group {
             title: "exit code",

@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
+mod audit;
 mod build;
 pub mod cargo;
 mod client;
@@ -10,6 +11,7 @@ mod completions;
 mod deploy;
 mod dev;
 mod dlq;
+mod doctor;
 mod encode;
 pub mod exit;
 mod explain;
@@ -61,6 +63,8 @@ enum Command {
     Recover(recover::Recover),
     State(state::State),
     Status(status::Status),
+    Audit(audit::Audit),
+    Doctor(Box<doctor::Doctor>),
     Completions(completions::Completions),
     Schema(schema::Schema),
     Explain(explain::Explain),
@@ -88,6 +92,8 @@ impl Cli {
             Command::Recover(recover) => recover.run().await,
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
+            Command::Audit(audit) => audit.run().await,
+            Command::Doctor(doctor) => doctor.run().await,
             Command::Completions(completions) => completions.run(),
             Command::Schema(schema) => schema.run(),
             Command::Explain(explain) => explain.run(),

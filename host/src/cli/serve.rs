@@ -13,7 +13,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::client::{COMPILED_DIR, HostFile};
+use super::client::{COMPILED_DIR, HostFile, make_archive};
 use super::exit::Exit;
 use super::log_line::SingleLineWriter;
 use super::signals::Signals;
@@ -82,6 +82,7 @@ impl HostProcess {
         ));
 
         // Connect to the database and to NATS.
+        make_archive(config)?;
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
         let bus = bus
@@ -91,11 +92,7 @@ impl HostProcess {
         // Start the host.
         let token = config.load_or_create_token()?;
         let compiled = config.data_dir.join(COMPILED_DIR);
-        let retention = Retention {
-            outputs: config.keep_outputs,
-            inbox: config.keep_inbox,
-            archive: config.archive.clone(),
-        };
+        let retention = Retention::of(config);
         let poster = |webhook| WebhookClient::new(webhook, config.webhook_secret.as_ref());
         let webhook = config
             .webhook
@@ -105,6 +102,7 @@ impl HostProcess {
             .context("set up the webhook")?;
         let engine = GuestEngine::new(&compiled, config.compile.clone())?;
         let options = HostOptions {
+            config: Arc::new(config.clone()),
             retention,
             admission: config.admission.clone(),
             webhook,

@@ -19,6 +19,7 @@ mod http;
 pub mod manifest;
 mod nats;
 mod schema;
+mod shared;
 mod sources;
 mod token;
 mod toml_text;
@@ -278,6 +279,8 @@ pub struct HostConfig {
     pub compile: CompileSettings,
     /// The keys by which components have to be signed; `None` if unsigned ones may run.
     pub component_keys: Option<PublicKeys>,
+    /// The configuration file, if it contains a secret.
+    pub file_with_secrets: Option<PathBuf>,
 }
 
 /// The relay mode: how outputs are published.
@@ -427,6 +430,7 @@ impl HostConfig {
                 .get("component_keys")
                 .map(|setting| component_keys::component_keys(&setting))
                 .transpose()?,
+            file_with_secrets: sources.file_with_secrets(),
             data_dir,
         })
     }
@@ -633,17 +637,17 @@ fn keep_inbox(setting: &Setting) -> anyhow::Result<KeepInbox> {
     }
 }
 
-/// Creates the folder and checks that it is writable, while an operator can still see the error.
+/// Checks that the folder is writable or can be created, while an operator can still see the error.
 fn archive(setting: &Setting) -> anyhow::Result<PathBuf> {
     let folder = setting.path();
-    std::fs::create_dir_all(&folder)
-        .and_then(|()| tempfile::tempfile_in(&folder))
-        .map_err(|error| {
-            setting.refuse(
-                format!("{} is not writable: {error}", folder.display()),
-                "/var/lib/oncely/archive",
-            )
-        })?;
+    let absolute = std::path::absolute(&folder).unwrap_or_else(|_| folder.clone());
+    let existing = absolute.ancestors().find(|path| path.exists());
+    tempfile::tempfile_in(existing.unwrap_or(&absolute)).map_err(|error| {
+        setting.refuse(
+            format!("{} is not writable: {error}", folder.display()),
+            "/var/lib/oncely/archive",
+        )
+    })?;
     Ok(folder)
 }
 

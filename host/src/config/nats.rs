@@ -102,6 +102,13 @@ struct ContextFile {
     others: BTreeMap<String, serde_json::Value>,
 }
 
+impl Context {
+    /// The file of the context.
+    pub(super) fn file(&self) -> &Path {
+        &self.file
+    }
+}
+
 /// Keys of a context that have no effect here.
 const IGNORED_KEYS: [&str; 3] = ["description", "color_scheme", "jetstream_event_prefix"];
 

@@ -15,6 +15,8 @@ pub(super) struct Sources<'a> {
     flags: [(&'static str, &'a Option<String>); SETTINGS.len()],
     env: &'a dyn Fn(&str) -> Option<String>,
     file: BTreeMap<&'static str, Setting>,
+    /// The path of the file, if one was read.
+    file_path: Option<PathBuf>,
 }
 
 /// The value of a setting, with its source.
@@ -40,7 +42,7 @@ impl<'a> Sources<'a> {
             .map(|path| (path, "--config".to_owned()));
         let named =
             named.or_else(|| variable(env, "config").map(|(path, from)| (path.into(), from)));
-        let file = match named {
+        let file_path = match named {
             Some((path, from)) if !path.is_file() => {
                 return Err(anyhow!(
                     "there is no configuration file {} (from {from})",
@@ -48,15 +50,27 @@ impl<'a> Sources<'a> {
                 )
                 .hint(format!("create the file, or omit {from}")));
             }
-            Some((path, _)) => read_file(&path)?,
-            None if Path::new(FILE_NAME).is_file() => read_file(Path::new(FILE_NAME))?,
-            None => BTreeMap::new(),
+            Some((path, _)) => Some(path),
+            None => Some(PathBuf::from(FILE_NAME)).filter(|path| path.is_file()),
         };
+        let file = file_path.as_deref().map(read_file).transpose()?;
         Ok(Sources {
             flags: flag_values(flags),
             env,
-            file,
+            file: file.unwrap_or_default(),
+            file_path,
         })
+    }
+
+    /// The path of the file, if it contains a secret.
+    pub fn file_with_secrets(&self) -> Option<PathBuf> {
+        let is_secret = |setting: &Setting| {
+            // A URL with a login may contain a password.
+            ["token", "webhook", "webhook_secret"].contains(&setting.key)
+                || (setting.value.contains("://") && setting.value.contains('@'))
+        };
+        let has_secret = self.file.values().any(is_secret);
+        self.file_path.clone().filter(|_| has_secret)
     }
 
     /// The value of a setting, if any source sets it.

@@ -70,6 +70,7 @@ fn defaults_run_a_host_from_one_local_folder() {
         },
         compile: CompileSettings::default(),
         component_keys: None,
+        file_with_secrets: None,
     };
     assert_eq!(config, expected);
 }
@@ -157,7 +158,10 @@ fn every_setting_is_read_from_every_source() {
         .unwrap();
         let path = folder.path().join("host.toml");
         std::fs::write(&path, format!("{key} = {value:?}")).unwrap();
-        let by_file = resolve(&["--config", path.to_str().unwrap()], &[home]).unwrap();
+        let mut by_file = resolve(&["--config", path.to_str().unwrap()], &[home]).unwrap();
+        let has_secret = by_file.file_with_secrets.take().is_some();
+        let is_secret = ["token", "webhook", "webhook_secret"].contains(&key);
+        assert!(has_secret || !is_secret, "{key}");
         assert_ne!(by_flag, default, "{key}");
         assert_eq!(by_flag, by_variable, "{key}");
         assert_eq!(by_flag, by_file, "{key}");

@@ -416,6 +416,7 @@ fn events_by_key(
         sequence,
         subject,
         headers,
+        ..
     } in messages
     {
         let event_id = event_id(&headers, None, stream, created, sequence)

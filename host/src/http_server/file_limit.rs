@@ -50,9 +50,21 @@ pub fn within_file_limit(
     )
 }
 
+/// The process's limit on open files (`None` for no limit), and the number that a host needs to
+/// keep all its connections open at once.
+pub fn file_limit(requests: usize, control: usize, pool_size: u32) -> (Option<u64>, u64) {
+    let clients = (requests.saturating_add(control)) as u64;
+    let needed = files_besides_clients(pool_size) + clients;
+    (getrlimit(Resource::Nofile).current, needed)
+}
+
+fn files_besides_clients(pool_size: u32) -> u64 {
+    HOST_FILES + FILES_PER_DATABASE_CONNECTION * u64::from(pool_size)
+}
+
 /// The number of connections for requests, and for the control API.
 fn share(files: u64, requests: usize, control: usize, pool_size: u32) -> (usize, usize) {
-    let others = HOST_FILES + FILES_PER_DATABASE_CONNECTION * u64::from(pool_size);
+    let others = files_besides_clients(pool_size);
     let left = usize::try_from(files.saturating_sub(others)).unwrap_or(usize::MAX);
     let for_control = control.min(left / 4).max(CONNECTIONS_MIN);
     let for_requests = requests

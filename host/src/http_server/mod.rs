@@ -34,7 +34,7 @@ mod late_router;
 mod watched_stream;
 
 pub use body::{BodyError, BodyMemory};
-pub use file_limit::within_file_limit;
+pub use file_limit::{file_limit, within_file_limit};
 pub use header_names::original_header_names;
 pub use late_router::LateRouter;
 

@@ -1,5 +1,6 @@
 //! Hints: the next command for the operator, carried along with an error.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::fmt;
 
@@ -52,6 +53,15 @@ pub fn find_cause<T: fmt::Display + fmt::Debug + Send + Sync + 'static>(
         .or_else(|| wrapped(error).find_map(|hinted| hinted.error.downcast_ref::<T>()))
 }
 
+/// A word for a command line of a shell: quoted, unless it consists of safe characters.
+pub fn shell_word(word: &str) -> Cow<'_, str> {
+    let is_safe = |c: char| c.is_ascii_alphanumeric() || "_-./:=,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(is_safe) {
+        return Cow::Borrowed(word);
+    }
+    Cow::Owned(format!("'{}'", word.replace('\'', r"'\''")))
+}
+
 /// The errors that carry the hints of `error`, outermost first.
 fn wrapped(error: &anyhow::Error) -> impl Iterator<Item = &Hinted> {
     let inner = |error| anyhow::Error::downcast_ref::<Hinted>(error);
@@ -82,6 +92,14 @@ mod tests {
     use anyhow::{Context, anyhow};
 
     use super::*;
+
+    #[test]
+    fn a_word_with_special_characters_is_quoted() {
+        assert_eq!(shell_word("PAYMENTS-1"), "PAYMENTS-1");
+        assert_eq!(shell_word("$(reboot)"), "'$(reboot)'");
+        assert_eq!(shell_word("it's"), r"'it'\''s'");
+        assert_eq!(shell_word(""), "''");
+    }
 
     #[test]
     fn a_hint_leaves_the_error_chain_unchanged() {

@@ -19,6 +19,9 @@ use crate::store::{OutboxRow, Published, Store, StoreError, Unpublished};
 /// Maximum lag of the broker clock behind this one.
 const CLOCK_SKEW_MAX: SignedDuration = SignedDuration::from_mins(2);
 
+/// The shortest dedupe window in which a stream recognizes an output whose acknowledgement is late.
+pub const DUPLICATE_WINDOW_MIN: Duration = SEND_TIMEOUT.saturating_mul(2);
+
 /// The result of a poll.
 pub(super) struct OutputBatch {
     /// Outputs to send, in order.

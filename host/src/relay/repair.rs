@@ -241,7 +241,7 @@ impl Repair {
 
 /// Whether an output is lost: its sequence holds a different message, or none although it was not
 /// removed by age, by a limit, or by an operator.
-async fn is_lost(bus: &Bus, stream: &StreamInfo, output: &PublishedOutput) -> Result<bool> {
+pub async fn is_lost(bus: &Bus, stream: &StreamInfo, output: &PublishedOutput) -> Result<bool> {
     if output.stream_sequence > stream.last_sequence {
         return Ok(true);
     }

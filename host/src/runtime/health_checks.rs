@@ -56,6 +56,9 @@ pub struct HostReport {
     /// Host name and process id, such as `web-1:4711`.
     pub host: String,
     pub workers: BTreeMap<String, WorkerReport>,
+    /// The settings that all hosts of the database should share.
+    #[serde(default)]
+    pub settings: BTreeMap<String, String>,
 }
 
 /// The state of a worker on a host.
@@ -70,7 +73,7 @@ pub struct WorkerReport {
 }
 
 /// The streams that belong to the installation itself.
-fn own_streams() -> [StreamSpec; 5] {
+pub fn own_streams() -> [StreamSpec; 5] {
     [
         StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]),
         StreamSpec {
@@ -89,10 +92,11 @@ fn own_streams() -> [StreamSpec; 5] {
     ]
 }
 
-impl StoredReport {
-    /// The report itself; none when the host has written none yet.
-    pub(super) fn read(&self) -> Result<Option<HostReport>> {
-        self.text
+impl HostReport {
+    /// Reads a stored report; none when the host has written none yet.
+    pub fn parse(stored: &StoredReport) -> Result<Option<HostReport>> {
+        stored
+            .text
             .as_deref()
             .map(serde_json::from_str)
             .transpose()
@@ -142,6 +146,7 @@ impl Host {
         HostReport {
             host: host_name(),
             workers: self.workers().await.into_iter().map(runs).collect(),
+            settings: self.config.shared_settings(),
         }
     }
 
@@ -152,8 +157,9 @@ impl Host {
             let starting = || HostReport {
                 host: format!("a host that is starting ({})", report.instance),
                 workers: BTreeMap::new(),
+                settings: BTreeMap::new(),
             };
-            Ok(report.read()?.unwrap_or_else(starting))
+            Ok(HostReport::parse(report)?.unwrap_or_else(starting))
         };
         reports.iter().map(read).collect()
     }
@@ -421,7 +427,7 @@ fn slow_commit_message(since: Duration) -> String {
 }
 
 /// Host name and process id.
-fn host_name() -> String {
+pub(super) fn host_name() -> String {
     let machine = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let machine = machine.trim();
     format!(

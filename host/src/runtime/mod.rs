@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use tokio::sync::{Mutex, Notify};
 
+use crate::config::HostConfig;
 use crate::drain::Stopping;
 use crate::ingress::Ingress;
 use crate::services::Services;
@@ -26,7 +27,7 @@ mod worker_entry;
 mod worker_state;
 
 pub use consistency::Hold;
-pub use health_checks::{HostReport, WorkerReport};
+pub use health_checks::{HostReport, WorkerReport, own_streams};
 pub use recovery::Recovery;
 pub use retention::Retention;
 pub use retirement::RetiredWorker;
@@ -37,6 +38,7 @@ pub use worker_state::{RunState, WorkerState};
 /// One running host.
 pub struct Host {
     pub services: Arc<Services>,
+    pub config: Arc<HostConfig>,
     pub retention: Retention,
     /// Answers HTTP requests.
     pub ingress: Arc<Ingress>,
@@ -136,6 +138,11 @@ impl Host {
             return Err(broken.join("; "));
         }
         Ok(broken)
+    }
+
+    /// The name of this host in reports: host name and process id.
+    pub fn name(&self) -> String {
+        health_checks::host_name()
     }
 
     /// Completes the start: the host can become ready.

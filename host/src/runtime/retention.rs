@@ -10,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 
 use super::Host;
-use crate::config::KeepInbox;
 use crate::config::manifest::Worker;
+use crate::config::{HostConfig, KeepInbox};
 use crate::drain::Stopping;
 use crate::fault;
 use crate::ingress::PUBLISH_WINDOW;
@@ -44,6 +44,15 @@ pub struct Retention {
 }
 
 impl Retention {
+    /// The retention that a configuration requests.
+    pub fn of(config: &HostConfig) -> Self {
+        Retention {
+            outputs: config.keep_outputs,
+            inbox: config.keep_inbox,
+            archive: config.archive.clone(),
+        }
+    }
+
     /// Checks that inbox records outlast the stream, and that the stream outlasts the retries.
     ///
     /// `max_age` is how long the stream keeps messages; none means forever.
@@ -115,7 +124,7 @@ impl Host {
     }
 
     /// How long inbox records are kept now; none means forever.
-    async fn inbox_retention(&self) -> Result<Option<Duration>> {
+    pub async fn inbox_retention(&self) -> Result<Option<Duration>> {
         let mut ages = Vec::new();
         // Retired workers count: deployed again, they receive the messages still on their streams.
         for deployment in self.services.store.newest_deployments().await? {

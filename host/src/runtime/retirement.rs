@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::Host;
+use super::{Host, HostReport};
 use crate::config::manifest::Worker;
 use crate::model::hint::WithHint;
 use crate::model::redrive::REDRIVE_STREAM;
@@ -111,7 +111,7 @@ impl Host {
                 let is_current = earlier.is_none_or(|earlier| {
                     report.number >= earlier.number.saturating_add(REPORTS_UNTIL_CURRENT)
                 });
-                match report.read()? {
+                match HostReport::parse(&report)? {
                     Some(read) if is_current && !read.workers.contains_key(worker) => {}
                     Some(read) => others.push(read.host),
                     None => others.push(format!("a host that is starting ({})", report.instance)),

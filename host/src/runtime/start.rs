@@ -14,7 +14,7 @@ use crate::alarms::WebhookClient;
 use crate::alarms::{monitor, webhook};
 use crate::bus::{Bus, LEADER_TIMEOUT};
 use crate::cache::{Cache, feed};
-use crate::config::CacheSettings;
+use crate::config::{CacheSettings, HostConfig};
 use crate::drain::{Stopping, TaskGroup};
 use crate::fault;
 use crate::guest::GuestEngine;
@@ -33,6 +33,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The settings of a host.
 pub struct HostOptions {
+    pub config: Arc<HostConfig>,
     pub retention: Retention,
     pub admission: Admission,
     /// Posts alarms.
@@ -161,6 +162,7 @@ impl Parts {
         };
         let host = Arc::new(Host {
             services: Arc::new(services),
+            config: options.config,
             retention: options.retention,
             ingress: Arc::new(ingress),
             workers: Mutex::new(BTreeMap::new()),

@@ -84,6 +84,46 @@ pub(super) async fn run(mut db: Db) -> anyhow::Result<()> {
     db.commit().await.context("commit the migrations")
 }
 
+/// Checks that this program can use the schema, without changing it.
+///
+/// # Errors
+/// There is no schema yet, a migration is due, or the schema belongs to another version.
+pub(super) async fn check(mut db: Db) -> anyhow::Result<()> {
+    let migrations = match db {
+        Db::Postgres(_) => POSTGRES,
+        Db::Sqlite(_) | Db::SqliteReaders(_) => SQLITE,
+    };
+    let sql = Sql {
+        postgres: "select 1::bigint as found from pg_class
+         where relname = 'migration' and relnamespace = to_regnamespace('oncely')",
+        sqlite: "select 1 as found from sqlite_schema where name = 'oncely_migration'",
+        doing: "find the table of migrations",
+    };
+    if db.fetch_optional(sql, &[]).await?.is_none() {
+        return Err(NoSchema.into());
+    }
+    let applied = applied(&mut db).await?;
+    let due = due(migrations, &applied)?;
+    db.commit().await?;
+    if due.is_empty() {
+        return Ok(());
+    }
+    Err(NoSchema.into())
+}
+
+/// The database has no schema of the platform yet, or a migration of it is due. A host runs the
+/// migrations when it starts.
+#[derive(Debug)]
+pub struct NoSchema;
+
+impl std::fmt::Display for NoSchema {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the schema is not up to date: no host of this version has started yet")
+    }
+}
+
+impl std::error::Error for NoSchema {}
+
 const POSTGRES_TABLE: &str = "select pg_advisory_xact_lock(hashtextextended('oncely migrates', 0));
      create schema if not exists oncely;
      create table if not exists oncely.migration (

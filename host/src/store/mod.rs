@@ -6,11 +6,12 @@
 //! No future of these types may be dropped before it completes, unless its method says so. Callers
 //! run deliveries in tasks that are never aborted.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use jiff::Timestamp;
 
 pub use crate::config::manifest::WorkerMigration;
 use crate::fault;
@@ -24,6 +25,7 @@ use crate::model::verdict::{DeadLetter, Settled};
 mod alarms;
 mod archive;
 mod attempts;
+mod audit;
 mod changes;
 pub mod conflict;
 mod db;
@@ -34,6 +36,7 @@ mod deployments;
 mod error;
 mod guest_statement;
 mod inbox;
+pub mod inspection;
 mod instance;
 mod migrations;
 mod outputs;
@@ -53,6 +56,7 @@ mod values;
 mod wal;
 mod watermarks;
 
+pub use audit::{AuditedDeadLetter, Cursor, Outcome};
 pub use changes::{Changes, RowChange, TableRows, changed_rows};
 pub use dead_letters::{
     AttemptRecord, Attribution, AuditRecord, DeadLetterAction, DeadLetterActionResult,
@@ -360,6 +364,91 @@ impl Store {
         let done = repair::republish(&mut db, lost).await?;
         db.commit().await?;
         Ok(done)
+    }
+
+    /// The outcomes of those events that a worker has settled.
+    pub async fn outcomes(
+        &self,
+        worker: &str,
+        event_ids: &[&str],
+    ) -> Result<HashMap<String, Outcome>> {
+        let mut db = self.read_by_index().await?;
+        let found = audit::outcomes(&mut db, worker, event_ids).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// A page of at most `limit` dead letters that died after the cursor and before a time, oldest
+    /// first.
+    pub async fn dead_letters_by_age(
+        &self,
+        after: Cursor,
+        before: Timestamp,
+        limit: u32,
+    ) -> Result<Vec<AuditedDeadLetter>> {
+        let mut db = self.read_by_index().await?;
+        let found = audit::dead_letters(&mut db, after, before, limit).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// The numbers among these that a dead letter has.
+    pub async fn existing_dead_letters(&self, ids: &[i64]) -> Result<BTreeSet<i64>> {
+        let mut db = self.read_by_index().await?;
+        let found = audit::existing_dead_letters(&mut db, ids).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// The workers and events of notices of dead letters that are unpublished or were dropped.
+    pub async fn unpublished_notices(&self) -> Result<BTreeSet<(String, String)>> {
+        let mut db = self.read_by_index().await?;
+        let found = audit::unpublished_notices(&mut db).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// Sends the notice of a dead letter again, under its id.
+    pub async fn resend_notice(
+        &self,
+        dead_letter: &DeadLetter,
+        notice: Output,
+        id: i64,
+        generation: u32,
+    ) -> Result<Vec<OutboxRow>> {
+        let mut db = self.write().await?;
+        let rows = audit::resend_notice(&mut db, dead_letter, notice, (id, generation)).await?;
+        db.commit().await?;
+        Ok(rows)
+    }
+
+    /// A page of about `limit` outputs that were published after the cursor, by polling or from the
+    /// WAL, and the cursor of the next page; `None` after the last one.
+    pub async fn published_by_age(
+        &self,
+        after: Cursor,
+        limit: u32,
+        from_wal: bool,
+    ) -> Result<(Vec<PublishedOutput>, Option<Cursor>)> {
+        let mut db = self.read_by_index().await?;
+        let found = match from_wal {
+            false => audit::published(&mut db, after, limit).await?,
+            true => audit::published_from_wal(&mut db, after, limit.div_ceil(100)).await?,
+        };
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// Those of these outputs that are recorded on a stream now, by number.
+    pub async fn recorded_outputs(
+        &self,
+        stream: &str,
+        numbers: &[i64],
+    ) -> Result<HashMap<i64, PublishedOutput>> {
+        let mut db = self.read_by_index().await?;
+        let found = audit::recorded(&mut db, stream, numbers).await?;
+        db.commit().await?;
+        Ok(found)
     }
 
     /// Parked or all unpublished outputs, oldest first; or dropped ones, newest first.
@@ -702,6 +791,14 @@ impl Store {
     async fn read(&self) -> Result<Db> {
         match self {
             Store::Postgres(store) => store.begin(Purpose::Read).await,
+            Store::Sqlite(store) => Ok(store.readers()),
+        }
+    }
+
+    /// Like [`Store::read`], for pages of large tables.
+    async fn read_by_index(&self) -> Result<Db> {
+        match self {
+            Store::Postgres(store) => store.begin(Purpose::ReadByIndex).await,
             Store::Sqlite(store) => Ok(store.readers()),
         }
     }

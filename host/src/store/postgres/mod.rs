@@ -13,6 +13,7 @@ mod functions;
 pub(super) mod guest_sql;
 mod guest_values;
 pub(super) mod inbox;
+pub(super) mod inspection;
 mod instance;
 pub(super) mod outbox;
 mod partitions;

@@ -13,6 +13,7 @@ use sqlx::{AssertSqlSafe, Row, raw_sql};
 use super::errors;
 use super::session::{Purpose, Session, Sessions};
 use crate::model::hint::WithHint;
+use crate::store::inspection::RoleFacts;
 
 /// PostgreSQL truncates longer names.
 const NAME_BYTES_MAX: usize = 63;
@@ -85,6 +86,73 @@ impl Login {
     pub(super) fn become_owner(&self) -> String {
         format!("set local role {};", quoted(&self.owner))
     }
+}
+
+/// Inspects the app's roles without changing them.
+pub(super) async fn inspect(session: &mut Session) -> anyhow::Result<RoleFacts> {
+    let row = session
+        .query("select current_database()::text")
+        .fetch_one(session.connection())
+        .await
+        .context("read the database's name")?;
+    let [role, owner] = roles_of(&row.try_get::<String, _>(0)?);
+    let query = session.query("select count(*) = 2 from pg_roles where rolname in ($1, $2)");
+    let query = query.bind(&role).bind(&owner);
+    let row = query.fetch_one(session.connection()).await;
+    let exist: bool = row.context("find the app's roles")?.try_get(0)?;
+    if !exist {
+        return Ok(RoleFacts {
+            login: role,
+            ..RoleFacts::default()
+        });
+    }
+    let has_attributes = check_role(session, &role).await.is_err();
+    let missing = missing_grants(session, &role, &owner)
+        .await
+        .context("compare the grants of the app's roles")?;
+    let excess = excess_privileges(session, &role)
+        .await
+        .context("read the privileges of PUBLIC")?;
+    let excess = excess.iter().map(|row| row.try_get("name"));
+    Ok(RoleFacts {
+        login: role,
+        exist,
+        has_attributes,
+        missing,
+        excess: excess.collect::<sqlx::Result<_>>()?,
+    })
+}
+
+/// The grants of [`grants`] and [`grant_tables`] that the roles lack, as statements.
+async fn missing_grants(
+    session: &mut Session,
+    role: &str,
+    owner: &str,
+) -> sqlx::Result<Vec<String>> {
+    let query = session.query(
+        "select format('grant usage on schema %I to %I', nspname, $1) from pg_namespace
+         where nspname in ('app_default', 'oncely_definer') and not has_schema_privilege($1, oid, 'usage')
+         union all select format('grant usage, create on schema app_default to %I', $2)
+         where not (has_schema_privilege($2, 'app_default', 'usage') and has_schema_privilege($2, 'app_default', 'create'))
+         union all select format('grant execute on function %s to %I', oid::regprocedure, $1) from pg_proc
+         where pronamespace = 'oncely_definer'::regnamespace and not has_function_privilege($1, oid, 'execute')
+         union all select format('grant select, insert, update, delete on %s to %I', oid::regclass, $1) from pg_class
+         where relnamespace = 'app_default'::regnamespace and relkind in ('r', 'p', 'v', 'm', 'f')
+             and pg_has_role(relowner, 'usage')
+             and not (has_table_privilege($1, oid, 'select') and has_table_privilege($1, oid, 'insert')
+                 and has_table_privilege($1, oid, 'update') and has_table_privilege($1, oid, 'delete'))
+         union all select format('grant usage, select on sequence %s to %I', oid::regclass, $1) from pg_class
+         where relnamespace = 'app_default'::regnamespace and pg_has_role(relowner, 'usage')
+             and case when relkind = 'S' then not has_sequence_privilege($1, oid, 'usage') else false end
+         union all select format('grant %I to %I', name, current_user) from unnest(array[$1, $2]) as name
+         where not pg_has_role(name, 'usage')",
+    );
+    let rows = query
+        .bind(role)
+        .bind(owner)
+        .fetch_all(session.connection())
+        .await?;
+    rows.iter().map(|row| row.try_get(0)).collect()
 }
 
 /// Locks out other hosts, and returns the database's name.

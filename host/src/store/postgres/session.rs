@@ -30,6 +30,8 @@ pub(in crate::store) enum Purpose {
     /// Workers' migrations, without a time limit.
     Deploy,
     Read,
+    /// The same for large tables, which are read by their indexes.
+    ReadByIndex,
 }
 
 impl Purpose {
@@ -40,13 +42,13 @@ impl Purpose {
             Purpose::Guest(time) | Purpose::GuestReadOnly(time) => {
                 ("app_default, pg_temp", time.max(Duration::from_millis(2)))
             }
-            Purpose::Platform | Purpose::AsyncCommit | Purpose::Read => {
+            Purpose::Platform | Purpose::AsyncCommit | Purpose::Read | Purpose::ReadByIndex => {
                 ("pg_catalog, pg_temp", PLATFORM_STATEMENT_TIMEOUT)
             }
             Purpose::Deploy => ("pg_catalog, pg_temp", Duration::ZERO),
         };
         let (access, id) = match self {
-            Purpose::Read => ("read only", "'' as id"),
+            Purpose::Read | Purpose::ReadByIndex => ("read only", "'' as id"),
             Purpose::Guest(_) => ("read write", GUARDED_ID),
             Purpose::GuestReadOnly(_) => ("read only", READ_ONLY_ID),
             _ => (
@@ -79,7 +81,9 @@ impl Purpose {
             _ => host.settings(),
         };
         let (compiling, planning) = match self {
-            Purpose::Platform | Purpose::AsyncCommit => (JIT_OFF, CUSTOM_PLANS),
+            Purpose::Platform | Purpose::AsyncCommit | Purpose::ReadByIndex => {
+                (JIT_OFF, CUSTOM_PLANS)
+            }
             Purpose::Read => (JIT_OFF, ""),
             Purpose::Guest(_) | Purpose::GuestReadOnly(_) | Purpose::Deploy => ("", ""),
         };
@@ -452,7 +456,7 @@ impl Session {
             self.id
         );
         let commit = match self.purpose {
-            Purpose::Read | Purpose::GuestReadOnly(_) => "commit".to_owned(),
+            Purpose::Read | Purpose::ReadByIndex | Purpose::GuestReadOnly(_) => "commit".to_owned(),
             Purpose::Guest(_) => {
                 // The guard checks the token. The guests of the transaction have ended before it is
                 // set.
@@ -472,7 +476,7 @@ impl Session {
             Purpose::Guest(_) | Purpose::GuestReadOnly(_) | Purpose::Deploy => {
                 errors::from_guest_commit(error)
             }
-            Purpose::Platform | Purpose::AsyncCommit | Purpose::Read => {
+            Purpose::Platform | Purpose::AsyncCommit | Purpose::Read | Purpose::ReadByIndex => {
                 errors::from_statement(error, "commit")
             }
         })?;

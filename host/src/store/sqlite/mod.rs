@@ -11,6 +11,7 @@ pub(super) mod errors;
 pub(super) mod guest_sql;
 mod guest_values;
 pub(super) mod inbox;
+pub(super) mod inspection;
 pub(super) mod outbox;
 pub(super) mod requests;
 mod retention;

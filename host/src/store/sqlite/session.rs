@@ -16,7 +16,7 @@ use crate::store::Result;
 use crate::store::error::Doing as _;
 use crate::store::instance::Instance;
 
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+pub(in crate::store) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A running statement checks its deadline after about this many virtual machine instructions.
 const INSTRUCTIONS_PER_CHECK: i32 = 1000;
