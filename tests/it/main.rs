@@ -22,6 +22,7 @@ macro_rules! both {
     };
 }
 
+mod access;
 mod alarms;
 mod batches;
 mod bindings;
@@ -45,11 +46,13 @@ mod hints;
 mod hostile;
 mod ids;
 mod ingress;
+mod jobs;
 mod ledger;
 mod metrics;
 mod new;
 mod oci;
 mod operating;
+mod operators;
 mod order;
 mod positions;
 mod relay;

@@ -19,6 +19,7 @@ use login::ConnectAuth;
 use publisher::Publisher;
 
 mod alarms;
+mod backlog;
 mod connection;
 mod decode;
 mod denials;
@@ -36,6 +37,7 @@ mod watermarks;
 mod wire;
 
 pub use alarms::{AlarmConsumer, AlarmMessage};
+pub use backlog::StreamRange;
 pub use feed::{Feed, FeedEvent};
 pub use installation::OtherInstallation;
 pub use publish::{OutgoingMessage, PublishAck, PublishError, PublishResult};

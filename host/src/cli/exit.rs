@@ -31,6 +31,9 @@ codes! {
         Truncated: "6",
             "`oncely replay`: the recording was cut before the failure, and matches up to there.",
             "Nothing: the recording contains no more.";
+        NotDrained: "7",
+            "`oncely drain`: the worker is paused, but not drained after the timeout.",
+            "Run the same command again; it shows the work that is left.";
         Changes: "10",
             "`oncely deploy --plan`: a deployment would change something.",
             "Deploy, or fail the check in CI.";

@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
+mod activity;
 mod build;
 pub mod cargo;
 mod client;
@@ -17,6 +18,7 @@ mod json_text;
 mod lock;
 mod log_line;
 mod new;
+mod operate;
 mod outbox;
 mod publish;
 mod recover;
@@ -26,10 +28,12 @@ mod run;
 mod schema;
 mod serve;
 mod signals;
+mod skip;
 mod state;
 mod status;
 pub mod term;
 mod test;
+mod token;
 mod watch;
 
 /// The version and the commit, such as `0.1.0 (1a2b3c4d5e6f)`.
@@ -54,6 +58,10 @@ enum Command {
     Rollback(deploy::Rollback),
     Retire(deploy::Retire),
     Workers(status::Workers),
+    Pause(operate::Pause),
+    Resume(operate::Resume),
+    Drain(operate::Drain),
+    Skip(skip::Skip),
     Publish(publish::Publish),
     Dlq(dlq::Dlq),
     Replay(replay::Replay),
@@ -61,6 +69,8 @@ enum Command {
     Recover(recover::Recover),
     State(state::State),
     Status(status::Status),
+    Activity(activity::Activity),
+    Token(token::Token),
     Completions(completions::Completions),
     Schema(schema::Schema),
     Explain(explain::Explain),
@@ -81,6 +91,10 @@ impl Cli {
             Command::Rollback(rollback) => rollback.run().await,
             Command::Retire(retire) => retire.run().await,
             Command::Workers(workers) => workers.run().await,
+            Command::Pause(pause) => pause.run().await,
+            Command::Resume(resume) => resume.run().await,
+            Command::Drain(drain) => drain.run().await,
+            Command::Skip(skip) => skip.run().await,
             Command::Publish(publish) => publish.run().await,
             Command::Dlq(dlq) => dlq.run().await,
             Command::Replay(replay) => replay.run().await,
@@ -88,6 +102,8 @@ impl Cli {
             Command::Recover(recover) => recover.run().await,
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
+            Command::Activity(activity) => activity.run().await,
+            Command::Token(token) => token.run().await,
             Command::Completions(completions) => completions.run(),
             Command::Schema(schema) => schema.run(),
             Command::Explain(explain) => explain.run(),
