@@ -53,6 +53,17 @@ create table oncely.worker (
     constraint worker_deployment foreign key (name, version) references oncely.deployment
 );
 
+-- A paused worker: no host pulls messages for it or handles its requests. Its redeployment changes
+-- nothing; its retirement ends the pause.
+create table oncely.worker_pause (
+    worker    text        constraint worker_pause_pk primary key
+        constraint worker_pause_worker references oncely.worker on delete cascade,
+    -- Distinguishes this pause from earlier ones of the worker.
+    paused_at timestamptz not null default clock_timestamp(),
+    actor     text        not null,
+    note      text
+);
+
 -- An applied migration of a worker's own tables. Its text must not change afterwards.
 create table oncely.worker_migration (
     worker     text        not null,
@@ -89,11 +100,13 @@ values ('inbox', 0), ('outbox', 0), ('request', 0);
 
 -- A settled event of a worker. The row is written in the transaction of the effects.
 -- `done`: the effects are committed. `dead`: they never will be, unless the event is redriven.
+-- `skipped`: they never will be, because an operator skipped the event. See `activity`.
 create table oncely.inbox (
     worker          text        not null,
     event_id        text        not null
         constraint inbox_event_id_length check (octet_length(event_id) between 1 and 255),
-    state           text        not null constraint inbox_state check (state in ('done', 'dead')),
+    state           text        not null
+        constraint inbox_state check (state in ('done', 'dead', 'skipped')),
     payload_sha256  bytea       not null,
     -- The position of the message; null for a message without a stream.
     stream          text,
@@ -238,7 +251,9 @@ create table oncely.dead_letter_audit (
     action         text        not null constraint dead_letter_audit_action
         check (action in ('redrive', 'edit', 'resolve', 'drop')),
     generation     integer     not null,
+    -- The name of the access token, and the name that the client states.
     actor          text        not null,
+    stated_name    text,
     note           text,
     at             timestamptz not null default now()
 );
@@ -255,6 +270,54 @@ create trigger dead_letter_audit_append_only
 create trigger dead_letter_edit_append_only
     before update or delete on oncely.dead_letter_edit
     for each row execute function oncely.refuse_change();
+
+-- A redrive of many dead letters, which runs on the hosts. One host at a time has leased it. Each
+-- chunk is one transaction with the redrives, so another host continues exactly where one died.
+create table oncely.redrive_job (
+    id           bigint      generated always as identity
+        constraint redrive_job_pk primary key,
+    state        text        not null default 'running' constraint redrive_job_state
+        check (state in ('running', 'paused', 'cancelled', 'done')),
+    -- Dead letters per second; 0 for no limit.
+    rate         integer     not null constraint redrive_job_rate_not_negative check (rate >= 0),
+    -- Whether dead letters that are closed or in progress are redriven, too.
+    again        boolean     not null,
+    -- The number of dead letters, of those redriven so far, and of those refused.
+    total        bigint      not null,
+    redriven     bigint      not null default 0,
+    refused      bigint      not null default 0,
+    actor        text        not null,
+    stated_name  text,
+    note         text,
+    created_at   timestamptz not null default now(),
+    -- The end: all are processed, or it was cancelled.
+    ended_at     timestamptz,
+    -- The last failure of the host that runs it; null after a success.
+    error        text,
+    leased_by    bigint,
+    leased_until timestamptz,
+    constraint redrive_job_ended check ((ended_at is null) = (state in ('running', 'paused')))
+);
+create index redrive_job_running on oncely.redrive_job (id) where state = 'running';
+
+-- A dead letter of a job. `result` is null until it is processed.
+create table oncely.redrive_job_item (
+    job_id         bigint not null
+        constraint redrive_job_item_job references oncely.redrive_job on delete cascade,
+    position       bigint not null,
+    dead_letter_id bigint not null,
+    -- The number of redrives when the job was created. It is refused if that has changed since.
+    generation     integer,
+    -- The preconditions of a plan, as JSON; null without a plan.
+    preconditions  text,
+    result         text constraint redrive_job_item_result check (result in ('redriven', 'refused')),
+    -- The reason of a refusal.
+    why            text,
+    constraint redrive_job_item_pk primary key (job_id, position),
+    constraint redrive_job_item_refused_has_reason check ((why is null) = (result is distinct from 'refused'))
+);
+create index redrive_job_item_open on oncely.redrive_job_item (job_id, position)
+    where result is null;
 
 
 -- Outbox ------------------------------------------------------------------------------------------
@@ -523,6 +586,68 @@ create index alarm_raised on oncely.alarm (worker) where cleared_at is null;
 create index alarm_new_failure on oncely.alarm (worker, raised_at) where kind = 'new-failure';
 
 
+-- Access ------------------------------------------------------------------------------------------
+
+-- A named token of the control API. Only its SHA-256 is stored. Rows are never deleted: activities
+-- refer to them.
+create table oncely.access_token (
+    id         bigint      generated always as identity
+        constraint access_token_pk primary key,
+    name       text        not null
+        constraint access_token_name_is_not_the_host check (name <> 'host'),
+    sha256     bytea       not null constraint access_token_sha256_unique unique
+        constraint access_token_sha256_length check (length(sha256) = 32),
+    role       text        not null
+        constraint access_token_role check (role in ('view', 'operate', 'deploy')),
+    created_by text        not null,
+    created_at timestamptz not null default now(),
+    expires_at timestamptz,
+    revoked_by text,
+    revoked_at timestamptz,
+    constraint access_token_revoked_by_actor check ((revoked_at is null) = (revoked_by is null))
+);
+-- A name stands for one token at a time.
+create unique index access_token_name_unique on oncely.access_token (name)
+    where revoked_at is null;
+
+-- A change that was requested of the control API. It is written before the change begins.
+create table oncely.activity (
+    id          bigint      generated always as identity constraint activity_pk primary key,
+    at          timestamptz not null default now(),
+    -- The name of the token, and the token; null for the host's own token, whose name is `host`.
+    actor       text        not null,
+    token_id    bigint      constraint activity_token references oncely.access_token,
+    -- The name that the client states.
+    stated_name text,
+    verb        text        not null,
+    worker      text,
+    object      text        not null,
+    -- The parameters, as JSON.
+    details     text        not null
+);
+create index activity_by_worker on oncely.activity (worker, id) where worker is not null;
+create index activity_by_actor on oncely.activity (actor, id);
+
+-- The result of an activity. Without one, the host ended meanwhile and the change may be complete.
+create table oncely.activity_outcome (
+    activity_id bigint      constraint activity_outcome_pk primary key
+        constraint activity_outcome_activity references oncely.activity,
+    at          timestamptz not null default clock_timestamp(),
+    outcome     text        not null
+        constraint activity_outcome_known check (outcome in ('done', 'failed')),
+    error       text,
+    -- The result, as JSON. For skipped messages, it names each sequence.
+    details     text        not null,
+    constraint activity_outcome_failed_has_error check ((outcome = 'failed') = (error is not null))
+);
+create trigger activity_append_only
+    before update or delete on oncely.activity
+    for each row execute function oncely.refuse_change();
+create trigger activity_outcome_append_only
+    before update or delete on oncely.activity_outcome
+    for each row execute function oncely.refuse_change();
+
+
 -- Hosts -------------------------------------------------------------------------------------------
 
 -- The installation: this database and its hosts, one row. Consumers and streams carry its id in
@@ -678,6 +803,32 @@ begin
     order by worker, event_id
     on conflict do nothing
     returning worker, event_id;
+end $$;
+
+-- Settles events of a worker as skipped, except those that are settled. `given` is a JSON array of
+-- event ids, digests in hex and sequences. Returns the new ones. It waits for transactions that
+-- have claimed one of the events.
+create function oncely.settle_skipped(worker text, stream text, given text)
+returns table (event_id text)
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+    partitions record;
+begin
+    partitions := oncely.inbox_partitions();
+    return query
+    insert into oncely.inbox
+        (worker, event_id, state, payload_sha256, stream, stream_sequence, partition)
+    select $1, event_id, 'skipped', decode(payload, 'hex'), $2, sequence, partitions.current
+    from jsonb_to_recordset($3::jsonb) as given (event_id text, payload text, sequence bigint)
+    where partitions.earlier_1 is null or not exists (
+        select from oncely.inbox
+        where inbox.worker = $1 and inbox.event_id = given.event_id
+            and partition in (partitions.earlier_1, partitions.earlier_2, partitions.earlier_3)
+        offset 0)
+    order by event_id
+    on conflict do nothing
+    returning event_id;
 end $$;
 
 -- The highest `seq` assigned so far.

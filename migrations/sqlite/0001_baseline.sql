@@ -53,6 +53,17 @@ create table oncely_worker (
     constraint worker_deployment foreign key (name, version) references oncely_deployment
 ) strict;
 
+-- A paused worker: the host pulls no messages for it and handles none of its requests. Its
+-- redeployment changes nothing; its retirement ends the pause.
+create table oncely_worker_pause (
+    worker    text    constraint worker_pause_pk primary key
+        constraint worker_pause_worker references oncely_worker on delete cascade,
+    -- Distinguishes this pause from earlier ones of the worker.
+    paused_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    actor     text    not null,
+    note      text
+) strict;
+
 -- An applied migration of a worker's own tables. Its text must not change afterwards.
 create table oncely_worker_migration (
     worker     text    not null,
@@ -67,11 +78,13 @@ create table oncely_worker_migration (
 
 -- A settled event of a worker. The row is written in the transaction of the effects.
 -- `done`: the effects are committed. `dead`: they never will be, unless the event is redriven.
+-- `skipped`: they never will be, because an operator skipped the event. See `oncely_activity`.
 create table oncely_inbox (
     worker          text    not null,
     event_id        text    not null
         constraint inbox_event_id_length check (length(cast(event_id as blob)) between 1 and 255),
-    state           text    not null constraint inbox_state check (state in ('done', 'dead')),
+    state           text    not null
+        constraint inbox_state check (state in ('done', 'dead', 'skipped')),
     payload_sha256  blob    not null,
     -- The position of the message; null for a message without a stream.
     stream          text,
@@ -210,7 +223,9 @@ create table oncely_dead_letter_audit (
     action         text    not null constraint dead_letter_audit_action
         check (action in ('redrive', 'edit', 'resolve', 'drop')),
     generation     integer not null,
+    -- The name of the access token, and the name that the client states.
     actor          text    not null,
+    stated_name    text,
     note           text,
     at             integer not null default (cast(unixepoch('subsec') * 1000000 as integer))
 ) strict;
@@ -232,6 +247,54 @@ create trigger oncely_dead_letter_edit_no_delete before delete on oncely_dead_le
 begin
     select raise(abort, 'the table oncely_dead_letter_edit is append-only');
 end;
+
+-- A redrive of many dead letters, which runs on the host. Each chunk is one transaction with the
+-- redrives, so the next start continues exactly where the host died.
+create table oncely_redrive_job (
+    id           integer constraint redrive_job_pk primary key autoincrement,
+    state        text    not null default 'running' constraint redrive_job_state
+        check (state in ('running', 'paused', 'cancelled', 'done')),
+    -- Dead letters per second; 0 for no limit.
+    rate         integer not null constraint redrive_job_rate_not_negative check (rate >= 0),
+    -- Whether dead letters that are closed or in progress are redriven, too.
+    again        integer not null,
+    -- The number of dead letters, of those redriven so far, and of those refused.
+    total        integer not null,
+    redriven     integer not null default 0,
+    refused      integer not null default 0,
+    actor        text    not null,
+    stated_name  text,
+    note         text,
+    created_at   integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    -- The end: all are processed, or it was cancelled.
+    ended_at     integer,
+    -- The last failure of the host that runs it; null after a success.
+    error        text,
+    leased_by    integer,
+    leased_until integer,
+    constraint redrive_job_ended check ((ended_at is null) = (state in ('running', 'paused')))
+) strict;
+create index oncely_redrive_job_running on oncely_redrive_job (id) where state = 'running';
+
+-- A dead letter of a job. `result` is null until it is processed.
+create table oncely_redrive_job_item (
+    job_id         integer not null
+        constraint redrive_job_item_job references oncely_redrive_job on delete cascade,
+    position       integer not null,
+    dead_letter_id integer not null,
+    -- The number of redrives when the job was created. It is refused if that has changed since.
+    generation     integer,
+    -- The preconditions of a plan, as JSON; null without a plan.
+    preconditions  text,
+    result         text constraint redrive_job_item_result check (result in ('redriven', 'refused')),
+    -- The reason of a refusal.
+    why            text,
+    constraint redrive_job_item_pk primary key (job_id, position),
+    constraint redrive_job_item_refused_has_reason
+        check ((why is null) = (result is not 'refused'))
+) strict;
+create index oncely_redrive_job_item_open on oncely_redrive_job_item (job_id, position)
+    where result is null;
 
 
 -- Outbox ------------------------------------------------------------------------------------------
@@ -403,6 +466,77 @@ create index oncely_alarm_raised on oncely_alarm (worker) where cleared_at is nu
 -- The rate limit of alarms on new failures.
 create index oncely_alarm_new_failure on oncely_alarm (worker, raised_at)
     where kind = 'new-failure';
+
+
+-- Access ------------------------------------------------------------------------------------------
+
+-- A named token of the control API. Only its SHA-256 is stored. Rows are never deleted: activities
+-- refer to them.
+create table oncely_access_token (
+    id         integer constraint access_token_pk primary key autoincrement,
+    name       text    not null
+        constraint access_token_name_is_not_the_host check (name <> 'host'),
+    sha256     blob    not null constraint access_token_sha256_unique unique
+        constraint access_token_sha256_length check (length(sha256) = 32),
+    role       text    not null
+        constraint access_token_role check (role in ('view', 'operate', 'deploy')),
+    created_by text    not null,
+    created_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    expires_at integer,
+    revoked_by text,
+    revoked_at integer,
+    constraint access_token_revoked_by_actor check ((revoked_at is null) = (revoked_by is null))
+) strict;
+-- A name stands for one token at a time.
+create unique index oncely_access_token_name_unique on oncely_access_token (name)
+    where revoked_at is null;
+
+-- A change that was requested of the control API. It is written before the change begins.
+create table oncely_activity (
+    id          integer constraint activity_pk primary key autoincrement,
+    at          integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    -- The name of the token, and the token; null for the host's own token, whose name is `host`.
+    actor       text    not null,
+    token_id    integer constraint activity_token references oncely_access_token,
+    -- The name that the client states.
+    stated_name text,
+    verb        text    not null,
+    worker      text,
+    object      text    not null,
+    -- The parameters, as JSON.
+    details     text    not null
+) strict;
+create index oncely_activity_by_worker on oncely_activity (worker, id) where worker is not null;
+create index oncely_activity_by_actor on oncely_activity (actor, id);
+
+-- The result of an activity. Without one, the host ended meanwhile and the change may be complete.
+create table oncely_activity_outcome (
+    activity_id integer constraint activity_outcome_pk primary key
+        constraint activity_outcome_activity references oncely_activity,
+    at          integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    outcome     text    not null
+        constraint activity_outcome_known check (outcome in ('done', 'failed')),
+    error       text,
+    -- The result, as JSON. For skipped messages, it names each sequence.
+    details     text    not null,
+    constraint activity_outcome_failed_has_error check ((outcome = 'failed') = (error is not null))
+) strict;
+create trigger oncely_activity_no_update before update on oncely_activity
+begin
+    select raise(abort, 'the table oncely_activity is append-only');
+end;
+create trigger oncely_activity_no_delete before delete on oncely_activity
+begin
+    select raise(abort, 'the table oncely_activity is append-only');
+end;
+create trigger oncely_activity_outcome_no_update before update on oncely_activity_outcome
+begin
+    select raise(abort, 'the table oncely_activity_outcome is append-only');
+end;
+create trigger oncely_activity_outcome_no_delete before delete on oncely_activity_outcome
+begin
+    select raise(abort, 'the table oncely_activity_outcome is append-only');
+end;
 
 
 -- Host --------------------------------------------------------------------------------------------

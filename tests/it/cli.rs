@@ -180,7 +180,7 @@ async fn the_control_api_requires_the_token() -> Result<()> {
         .map_err(|error| error.to_string());
     assert_eq!(
         refused.map(|_| ()),
-        Err("error: the token is missing or wrong\nhint: pass the host's token with --token or ONCELY_TOKEN".to_owned())
+        Err("error: the token is missing, wrong, expired or revoked\nhint: pass a token with --token or ONCELY_TOKEN".to_owned())
     );
     Ok(())
 }

@@ -22,6 +22,7 @@ macro_rules! both {
     };
 }
 
+mod access;
 mod alarms;
 mod audit;
 mod batches;
@@ -47,12 +48,14 @@ mod hints;
 mod hostile;
 mod ids;
 mod ingress;
+mod jobs;
 mod ledger;
 mod metrics;
 mod monitoring;
 mod new;
 mod oci;
 mod operating;
+mod operators;
 mod order;
 mod positions;
 mod relay;

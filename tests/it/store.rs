@@ -43,6 +43,7 @@ mod hostile_sql;
 mod inbox;
 mod key_queues;
 mod languages;
+mod operators;
 mod outages;
 mod outbox;
 mod privileges;

@@ -28,6 +28,8 @@ pub struct HostState {
     pub is_restored: bool,
     /// The workers that cannot run on this host, each with the reason.
     pub broken: HashMap<String, String>,
+    /// The workers that an operator paused, each with the actor and the note.
+    pub paused: HashMap<String, String>,
 }
 
 /// Checks until the host stops. `state` reads the state of this host.
@@ -55,6 +57,7 @@ async fn check(services: &Services, host: HostState) -> Result<()> {
         taken_ids: services.store.taken_ids().await?,
         is_restored: host.is_restored,
         broken: host.broken,
+        paused: host.paused,
     };
     let ages =
         futures::future::join_all(workers.iter().map(|worker| services.unhandled_age(worker)))
@@ -95,16 +98,18 @@ struct Measurements {
     is_restored: bool,
     /// The workers that cannot run here, with the reason.
     broken: HashMap<String, String>,
+    /// The workers that are paused here, with the actor and the note.
+    paused: HashMap<String, String>,
 }
 
 impl Measurements {
-    /// Clears alarms of retired workers: `cannot-run`, `unhandled-age` and `restored` do not apply
-    /// to them.
+    /// Clears alarms of retired workers: `cannot-run`, `paused`, `unhandled-age` and `restored` do
+    /// not apply to them.
     fn clear_for_retired(&self, workers: &[Worker]) -> Vec<AlarmUpdate> {
         let is_over = |alarm: &&Alarm| {
             matches!(
                 alarm.kind,
-                Kind::CannotRun | Kind::UnhandledAge | Kind::Restored
+                Kind::CannotRun | Kind::Paused | Kind::UnhandledAge | Kind::Restored
             ) && alarm.is_raised()
                 && !workers.iter().any(|worker| worker.name == alarm.worker)
         };
@@ -144,6 +149,7 @@ impl Measurements {
             ),
             Kind::Restored => Some(self.is_restored.into()),
             Kind::CannotRun => Some(self.broken.contains_key(&worker.name).into()),
+            Kind::Paused => Some(self.paused.contains_key(&worker.name).into()),
             Kind::Database | Kind::NewFailure => None,
         };
         let by_value = Kind::ALL
@@ -154,10 +160,11 @@ impl Measurements {
                     .existing
                     .iter()
                     .find(|alarm| alarm.worker == worker.name && alarm.kind == kind);
-                let why = self
-                    .broken
-                    .get(&worker.name)
-                    .filter(|_| kind == Kind::CannotRun);
+                let why = match kind {
+                    Kind::CannotRun => self.broken.get(&worker.name),
+                    Kind::Paused => self.paused.get(&worker.name),
+                    _ => None,
+                };
                 let step = alarm_update(worker, kind, existing, value_of(kind))?;
                 Some(AlarmUpdate {
                     why: why.cloned(),

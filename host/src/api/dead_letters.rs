@@ -5,15 +5,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow};
+use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use axum::routing::{get, post};
-use axum::{Json, Router};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
+use super::access::{Caller, StatedBy};
+use super::activity::{on_object, recorded};
 use super::{ApiError, ApiResult};
 use crate::dlq::dry_run::{self, Preconditions, Preview};
 use crate::dlq::replay::{self, Replayable};
@@ -25,7 +27,7 @@ use crate::store::conflict::pause_after;
 use crate::store::{
     self, AttemptRecord, Attribution, AuditRecord, DeadLetterAction, DeadLetterActionResult,
     DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord, DeadLetterSummary,
-    Redrive, StoreError,
+    NewActivity, Redrive, StoreError,
 };
 
 /// The maximum number of dead letters per request: each request is one transaction.
@@ -34,21 +36,7 @@ const DEAD_LETTERS_MAX: usize = 500;
 /// Maximum number of retries of a transaction at once after conflicts.
 const CONFLICTS_MAX: u32 = 5;
 
-pub(super) fn routes() -> Router<Arc<Host>> {
-    Router::new()
-        .route("/dead-letters/find", post(find))
-        .route("/dead-letters/groups", post(groups))
-        .route("/dead-letters/{id}", get(dead_letter))
-        .route("/dead-letters/{id}/replay", get(replayable))
-        .route("/dead-letters/redrive", post(redrive))
-        .route("/dead-letters/dry-run", post(dry_run))
-        .route("/dead-letters/verify", post(verify))
-        .route("/dead-letters/redrive-plan", post(redrive_plan))
-        .route("/dead-letters/close", post(close))
-        .route("/dead-letters/{id}/edit", post(edit))
-}
-
-async fn find(
+pub(super) async fn find(
     State(host): State<Arc<Host>>,
     Json(filter): Json<DeadLetterFilter>,
 ) -> ApiResult<Vec<DeadLetterSummary>> {
@@ -57,7 +45,7 @@ async fn find(
     ))
 }
 
-async fn groups(
+pub(super) async fn groups(
     State(host): State<Arc<Host>>,
     Json(filter): Json<DeadLetterFilter>,
 ) -> ApiResult<Vec<DeadLetterGroup>> {
@@ -137,7 +125,10 @@ fn trace_id(traceparent: &str) -> Option<String> {
     (id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| id.to_owned())
 }
 
-async fn dead_letter(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> ApiResult<DeadLetter> {
+pub(super) async fn dead_letter(
+    State(host): State<Arc<Host>>,
+    Path(id): Path<i64>,
+) -> ApiResult<DeadLetter> {
     let record = host
         .services
         .store
@@ -148,7 +139,7 @@ async fn dead_letter(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> ApiR
 }
 
 /// The data for a replay of its last attempt, without the component.
-async fn replayable(
+pub(super) async fn replayable(
     State(host): State<Arc<Host>>,
     Path(id): Path<i64>,
 ) -> ApiResult<Option<Replayable>> {
@@ -174,23 +165,50 @@ fn dead_letter_not_found(id: i64) -> ApiError {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct RedriveRequest {
     pub dead_letters: Vec<Redrive>,
-    pub by: Attribution,
+    pub by: StatedBy,
 }
 
-async fn redrive(
+/// Redrives dead letters at once. See `api/jobs.rs` for many.
+pub(super) async fn redrive(
     State(host): State<Arc<Host>>,
+    caller: Caller,
     Json(request): Json<RedriveRequest>,
 ) -> ApiResult<Vec<DeadLetterActionResult>> {
     check_count(request.dead_letters.len())?;
-    let since = Instant::now();
-    let (results, rows) = retry_on_conflict(|| {
-        host.services
-            .store
-            .redrive(&request.dead_letters, &request.by)
-    })
-    .await?;
-    host.services.publish_outputs(rows, since).await;
-    Ok(Json(results))
+    let caller = caller.stating(&request.by);
+    let ids: Vec<i64> = request.dead_letters.iter().map(|one| one.id).collect();
+    let activity = activity("dlq redrive", &ids, &request.by);
+    let by = caller.attribution(request.by.note);
+    let change = {
+        let host = Arc::clone(&host);
+        async move {
+            let since = Instant::now();
+            let redrive = || host.services.store.redrive(&request.dead_letters, &by);
+            let (results, rows) = retry_on_conflict(redrive).await?;
+            host.services.publish_outputs(rows, since).await;
+            let recorded = counts(&results);
+            Ok((results, recorded))
+        }
+    };
+    Ok(Json(recorded(&host, &caller, activity, change).await?))
+}
+
+/// The activity of a command on dead letters.
+fn activity(verb: &'static str, ids: &[i64], by: &StatedBy) -> NewActivity {
+    let object = match ids {
+        [id] => format!("dead letter {id}"),
+        ids => format!("{} dead letters", ids.len()),
+    };
+    on_object(verb, object, json!({ "ids": ids, "note": by.note }))
+}
+
+/// The recorded result of an action on dead letters.
+fn counts(results: &[DeadLetterActionResult]) -> Value {
+    let refused = results
+        .iter()
+        .filter(|result| result.refused.is_some())
+        .count();
+    json!({ "done": results.len() - refused, "refused": refused })
 }
 
 /// Dead letters for a dry run or a verification.
@@ -199,7 +217,7 @@ pub struct DeadLettersRequest {
     pub ids: Vec<i64>,
 }
 
-async fn dry_run(
+pub(super) async fn dry_run(
     State(host): State<Arc<Host>>,
     Json(request): Json<DeadLettersRequest>,
 ) -> ApiResult<Vec<Preview>> {
@@ -207,18 +225,11 @@ async fn dry_run(
     Ok(Json(dry_run::preview(&host.services, &request.ids).await?))
 }
 
-async fn verify(
+pub(super) async fn verify(
     State(host): State<Arc<Host>>,
     Json(request): Json<DeadLettersRequest>,
 ) -> ApiResult<Verification> {
     Ok(Json(verify::verify(&host.services, &request.ids).await?))
-}
-
-/// Dead letters to redrive if their preconditions still hold.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct RedrivePlanRequest {
-    pub dead_letters: Vec<PlannedRedrive>,
-    pub by: Attribution,
 }
 
 /// The plan for one dead letter.
@@ -228,84 +239,12 @@ pub struct PlannedRedrive {
     pub preconditions: Preconditions,
 }
 
-/// Repeats the dry run right before the redrive. Dead letters with a different result are refused.
-async fn redrive_plan(
-    State(host): State<Arc<Host>>,
-    Json(request): Json<RedrivePlanRequest>,
-) -> ApiResult<Vec<DeadLetterActionResult>> {
-    check_count(request.dead_letters.len())?;
-    let ids: Vec<i64> = request
-        .dead_letters
-        .iter()
-        .map(|planned| planned.id)
-        .collect();
-
-    // Compare a new dry run with the plan.
-    let current = dry_run::preview(&host.services, &ids).await?;
-    let mut results = Vec::new();
-    let mut dead_letters = Vec::new();
-    for planned in &request.dead_letters {
-        let current = current
-            .iter()
-            .find(|preview| preview.dead_letter == planned.id);
-        match current.map_or_else(
-            || Some("no such dead letter".to_owned()),
-            |current| stale_reason(&planned.preconditions, current),
-        ) {
-            Some(why) => results.push(DeadLetterActionResult {
-                id: planned.id,
-                refused: Some(why),
-                took_effect: false,
-                in_progress: false,
-            }),
-            None => {
-                let generation = Some(planned.preconditions.generation);
-                dead_letters.push(Redrive {
-                    id: planned.id,
-                    generation,
-                    again: false,
-                });
-            }
-        }
-    }
-    let since = Instant::now();
-    let (redriven, rows) =
-        retry_on_conflict(|| host.services.store.redrive(&dead_letters, &request.by)).await?;
-    host.services.publish_outputs(rows, since).await;
-    results.extend(redriven);
-    Ok(Json(results))
-}
-
-/// The reason that a plan does not hold any more; none when it holds.
-fn stale_reason(planned: &Preconditions, current: &Preview) -> Option<String> {
-    if *planned == current.preconditions {
-        return None;
-    }
-    Some(match (planned.version, current.preconditions.version) {
-        (Some(then), Some(version)) if then != version => {
-            format!(
-                "it was planned with version {then} of {}, but version {version} is active now; \
-                 make a new plan",
-                current.worker
-            )
-        }
-        _ if planned.generation != current.preconditions.generation => {
-            "it was redriven since".to_owned()
-        }
-        _ => format!(
-            "its result changed since it was planned; now: {} ({})",
-            current.prediction.label(),
-            current.detail
-        ),
-    })
-}
-
 /// Dead letters to close.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CloseRequest {
     pub ids: Vec<i64>,
     pub action: CloseAction,
-    pub by: Attribution,
+    pub by: StatedBy,
 }
 
 /// How to close a dead letter.
@@ -316,23 +255,39 @@ pub enum CloseAction {
     Drop,
 }
 
-async fn close(
+/// Resolves or drops dead letters.
+pub(super) async fn close(
     State(host): State<Arc<Host>>,
+    caller: Caller,
     Json(request): Json<CloseRequest>,
 ) -> ApiResult<Vec<DeadLetterActionResult>> {
     check_count(request.ids.len())?;
-    let action = match request.action {
-        CloseAction::Resolve => DeadLetterAction::Resolve,
-        CloseAction::Drop => DeadLetterAction::Drop,
+    let (verb, action) = match request.action {
+        CloseAction::Resolve => ("dlq resolve", DeadLetterAction::Resolve),
+        CloseAction::Drop => ("dlq drop", DeadLetterAction::Drop),
     };
-    Ok(Json(
-        retry_on_conflict(|| {
-            host.services
-                .store
-                .update_dead_letters(&request.ids, &action, &request.by)
-        })
-        .await?,
-    ))
+    let caller = caller.stating(&request.by);
+    let activity = activity(verb, &request.ids, &request.by);
+    let by = caller.attribution(request.by.note);
+    update(&host, &caller, activity, request.ids, action, by).await
+}
+
+/// Closes or edits dead letters, and records that.
+async fn update(
+    host: &Arc<Host>,
+    caller: &Caller,
+    activity: NewActivity,
+    ids: Vec<i64>,
+    action: DeadLetterAction,
+    by: Attribution,
+) -> ApiResult<Vec<DeadLetterActionResult>> {
+    let store = Arc::clone(&host.services.store);
+    let change = async move {
+        let results = retry_on_conflict(|| store.update_dead_letters(&ids, &action, &by)).await?;
+        let recorded = counts(&results);
+        Ok((results, recorded))
+    };
+    Ok(Json(recorded(host, caller, activity, change).await?))
 }
 
 /// A corrected body for one dead letter.
@@ -340,11 +295,13 @@ async fn close(
 pub struct EditRequest {
     /// Base64.
     pub body: String,
-    pub by: Attribution,
+    pub by: StatedBy,
 }
 
-async fn edit(
+/// Stores a corrected body, which the next redrive sends.
+pub(super) async fn edit(
     State(host): State<Arc<Host>>,
+    caller: Caller,
     Path(id): Path<i64>,
     Json(request): Json<EditRequest>,
 ) -> ApiResult<Vec<DeadLetterActionResult>> {
@@ -361,21 +318,12 @@ async fn edit(
     if host.services.store.find_dead_letter(id).await?.is_none() {
         return Err(dead_letter_not_found(id));
     }
-    let action = DeadLetterAction::Edit(
-        STANDARD
-            .decode(&request.body)
-            .context("read the body")?
-            .into(),
-    );
-    let ids = [id];
-    Ok(Json(
-        retry_on_conflict(|| {
-            host.services
-                .store
-                .update_dead_letters(&ids, &action, &request.by)
-        })
-        .await?,
-    ))
+    let body = STANDARD.decode(&request.body).context("read the body")?;
+    let caller = caller.stating(&request.by);
+    let activity = activity("dlq edit", &[id], &request.by);
+    let by = caller.attribution(request.by.note);
+    let action = DeadLetterAction::Edit(body.into());
+    update(&host, &caller, activity, vec![id], action, by).await
 }
 
 fn check_count(count: usize) -> anyhow::Result<()> {

@@ -5,18 +5,17 @@ use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::{StatusCode, header};
-use axum::middleware::{self, Next};
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::get;
 use axum::{Json, Router};
 use base64::Engine as _;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
+use serde_json::json;
 
 use crate::bus::OutgoingMessage;
-use crate::component;
 use crate::config::manifest::Worker;
 use crate::model::alarm::Alarm;
 use crate::model::hint::{self, WithHint};
@@ -28,78 +27,48 @@ use crate::model::subject;
 use crate::relay::{BreakerState, RefusedSubject};
 use crate::runtime::deploy::{self, Plan, Proposal};
 use crate::runtime::{Host, HostReport, Recovery, RetiredWorker, WorkerReport, WorkerState};
-use crate::store::{Attribution, StateRecord, StoreError, WalState, WorkerTotals};
+use crate::store::{DeploymentRecord, StateRecord, StoreError, WalState, WorkerTotals};
 
-pub mod dead_letters;
-
+mod access;
+mod activity;
 mod audit;
-
+pub mod dead_letters;
 mod doctor;
-
+mod endpoints;
+pub mod jobs;
+pub mod operate;
 pub mod outbox;
+pub mod tokens;
+
+use access::{Authenticator, Caller};
+pub use access::{STATED_NAME_HEADER, StatedBy};
+use activity::{on_object, on_worker, recorded};
 
 /// The maximum body of requests other than component uploads, in bytes.
 const BODY_MAX: usize = 16 << 20;
 
-/// The routes of the control API. Everything below `/v1` requires `Authorization: Bearer {token}`.
+/// The routes of the control API. Everything below `/v1` requires `Authorization: Bearer {token}`,
+/// with the token of the host or a named one.
 pub fn router(host: Arc<Host>, token: &str) -> Router {
-    let expected = Arc::new(Sha256::digest(token.as_bytes()).to_vec());
-    let authenticated = Router::new()
-        .route("/dialect", get(dialect))
-        .route("/status", get(status))
-        .route("/workers", get(workers))
-        .route("/workers/{worker}/deployments", get(deployments))
-        .route("/plan", post(plan))
-        .route("/deploy", post(deploy))
-        .route("/rollback", post(rollback))
-        .route("/retire", post(retire))
-        .route("/workers/{worker}/hosts", get(hosts))
-        .route("/recover", post(recover))
-        .route("/publish", post(publish))
-        .route("/components/{digest}", get(component))
-        .merge(dead_letters::routes())
-        .route("/workers/{worker}/state", get(state_list))
-        .route("/workers/{worker}/state/entry", get(state_get))
-        .merge(outbox::routes())
-        .route("/audit", post(audit::audit))
-        .route("/doctor", get(doctor::doctor))
-        .layer(DefaultBodyLimit::max(BODY_MAX))
-        .route(
-            "/components",
-            post(upload).layer(DefaultBodyLimit::max(component::SIZE_MAX)),
-        )
-        .layer(middleware::from_fn_with_state(expected, check_token));
+    let store = Arc::clone(&host.services.store);
+    let authenticator = Arc::new(Authenticator::new(token, store));
+    let mut authenticated = Router::new();
+    for endpoint in endpoints::all() {
+        authenticated = authenticated.route(endpoint.path, endpoint.guarded());
+    }
+    let authenticated =
+        authenticated
+            .layer(DefaultBodyLimit::max(BODY_MAX))
+            .layer(middleware::from_fn_with_state(
+                authenticator,
+                access::authenticate,
+            ));
     Router::new()
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .nest("/v1", authenticated)
         .with_state(host)
-}
-
-/// Lets requests with the token through. Digests are compared, so the timing reveals nothing about
-/// the token.
-async fn check_token(
-    State(expected): State<Arc<Vec<u8>>>,
-    request: Request,
-    next: Next,
-) -> Response {
-    let given = request
-        .headers()
-        .get(header::AUTHORIZATION)
-        .and_then(|value| value.to_str().ok());
-    let given = given
-        .and_then(|value| value.strip_prefix("Bearer "))
-        .unwrap_or_default();
-    if Sha256::digest(given.as_bytes()).as_slice() == expected.as_slice() {
-        return next.run(request).await;
-    }
-    let response = ErrorResponse {
-        error: "the token is missing or wrong".to_owned(),
-        causes: Vec::new(),
-        hints: vec!["pass the host's token with --token or ONCELY_TOKEN".to_owned()],
-    };
-    (StatusCode::UNAUTHORIZED, Json(response)).into_response()
 }
 
 /// An error for the CLI, which shows it like its own.
@@ -297,9 +266,15 @@ pub struct Uploaded {
 }
 
 /// Stores a component, after checking that it is a worker.
-async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> ApiResult<Uploaded> {
-    let digest = host.services.add_component(wasm).await?;
-    Ok(Json(Uploaded { digest }))
+async fn upload(State(host): State<Arc<Host>>, caller: Caller, wasm: Bytes) -> ApiResult<Uploaded> {
+    let activity = on_object("upload", "component", json!({ "bytes": wasm.len() }));
+    let services = Arc::clone(&host.services);
+    let change = async move {
+        let digest = services.add_component(wasm).await?;
+        let recorded = json!({ "digest": digest });
+        Ok((Uploaded { digest }, recorded))
+    };
+    Ok(Json(recorded(&host, &caller, activity, change).await?))
 }
 
 /// A stored component, byte for byte.
@@ -329,13 +304,27 @@ pub struct Activated {
 
 async fn deploy(
     State(host): State<Arc<Host>>,
+    caller: Caller,
     Json(proposal): Json<Proposal>,
 ) -> ApiResult<Activated> {
-    let (_, record) = deploy::deploy(&host, &proposal).await?;
-    Ok(Json(Activated {
+    let details = json!({ "digest": proposal.digest, "component": proposal.worker.component });
+    let activity = on_worker("deploy", &proposal.worker.name, details);
+    let change = {
+        let host = Arc::clone(&host);
+        async move {
+            let (_, record) = deploy::deploy(&host, &proposal).await?;
+            let recorded = json!({ "version": record.version });
+            Ok((activated(record), recorded))
+        }
+    };
+    Ok(Json(recorded(&host, &caller, activity, change).await?))
+}
+
+fn activated(record: DeploymentRecord) -> Activated {
+    Activated {
         worker: record.worker,
         version: record.version,
-    }))
+    }
 }
 
 /// The worker to roll back, and the version; by default the one before the active one.
@@ -347,13 +336,19 @@ pub struct RollbackRequest {
 
 async fn rollback(
     State(host): State<Arc<Host>>,
+    caller: Caller,
     Json(request): Json<RollbackRequest>,
 ) -> ApiResult<Activated> {
-    let record = deploy::rollback(&host, &request.worker, request.to).await?;
-    Ok(Json(Activated {
-        worker: record.worker,
-        version: record.version,
-    }))
+    let activity = on_worker("rollback", &request.worker, json!({ "to": request.to }));
+    let change = {
+        let host = Arc::clone(&host);
+        async move {
+            let record = deploy::rollback(&host, &request.worker, request.to).await?;
+            let recorded = json!({ "version": record.version });
+            Ok((activated(record), recorded))
+        }
+    };
+    Ok(Json(recorded(&host, &caller, activity, change).await?))
 }
 
 /// The worker to retire.
@@ -366,12 +361,20 @@ pub struct RetireRequest {
 
 async fn retire(
     State(host): State<Arc<Host>>,
+    caller: Caller,
     Json(request): Json<RetireRequest>,
 ) -> ApiResult<RetiredWorker> {
-    // In a task of its own: a client that disconnects does not interrupt it.
-    let task =
-        tokio::spawn(async move { host.retire(&request.worker, request.keep_consumers).await });
-    Ok(Json(task.await.context("retire a worker")??))
+    let details = json!({ "keep_consumers": request.keep_consumers });
+    let activity = on_worker("retire", &request.worker, details);
+    let change = {
+        let host = Arc::clone(&host);
+        async move {
+            let retired = host.retire(&request.worker, request.keep_consumers).await?;
+            let recorded = json!({ "version": retired.version, "removed": retired.removed });
+            Ok((retired, recorded))
+        }
+    };
+    Ok(Json(recorded(&host, &caller, activity, change).await?))
 }
 
 /// The state of a worker on one of the live hosts.
@@ -399,16 +402,31 @@ async fn hosts(
 pub struct RecoverRequest {
     /// Only plan the recovery.
     pub dry_run: bool,
-    pub by: Attribution,
+    #[serde(default)]
+    pub by: StatedBy,
 }
 
 async fn recover(
     State(host): State<Arc<Host>>,
+    caller: Caller,
     Json(request): Json<RecoverRequest>,
 ) -> ApiResult<Recovery> {
-    // In a task of its own: a client that disconnects does not interrupt it.
-    let task = tokio::spawn(async move { host.recover(request.dry_run, &request.by).await });
-    Ok(Json(task.await.context("recover")??))
+    let caller = caller.stating(&request.by);
+    let by = caller.attribution(request.by.note);
+    if request.dry_run {
+        return Ok(Json(host.recover(true, &by).await?));
+    }
+    let activity = on_object("recover", "", json!({ "note": by.note }));
+    let change = {
+        let host = Arc::clone(&host);
+        async move {
+            let recovery = host.recover(false, &by).await?;
+            let recorded = json!({ "reasons": recovery.reasons, "done": recovery.done,
+                "dead_letters": recovery.dead_letters });
+            Ok((recovery, recorded))
+        }
+    };
+    Ok(Json(recorded(&host, &caller, activity, change).await?))
 }
 
 /// A message to publish.
@@ -436,6 +454,7 @@ pub struct PublishAck {
 
 async fn publish(
     State(host): State<Arc<Host>>,
+    caller: Caller,
     Json(message): Json<PublishRequest>,
 ) -> ApiResult<PublishAck> {
     // Check the subject and the id.
@@ -458,18 +477,26 @@ async fn publish(
 
     // Publish.
     let at = message.subject.clone();
+    let details = json!({ "id": message.id, "bytes": body.len() });
+    let activity = on_object("publish", &at, details);
     let outgoing = OutgoingMessage {
         subject: message.subject,
         headers: message.headers,
         id: message.id,
         body: body.into(),
     };
-    let mut acks = host.services.bus.publish(vec![outgoing]).await;
-    let ack = acks
-        .pop()
-        .context("publish the message")?
-        .map_err(|error| anyhow!(error))
-        .context("publish the message")?;
+    let services = Arc::clone(&host.services);
+    let change = async move {
+        let mut acks = services.bus.publish(vec![outgoing]).await;
+        let ack = acks
+            .pop()
+            .context("publish the message")?
+            .map_err(|error| anyhow!(error))
+            .context("publish the message")?;
+        let recorded = json!({ "stream": ack.stream, "sequence": ack.sequence });
+        Ok((ack, recorded))
+    };
+    let ack = recorded(&host, &caller, activity, change).await?;
 
     // The workers that consume it.
     let is_subscribed = |worker: &crate::config::manifest::Worker| {

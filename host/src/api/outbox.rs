@@ -3,27 +3,21 @@
 use std::sync::Arc;
 
 use anyhow::anyhow;
+use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
-use axum::routing::{get, post};
-use axum::{Json, Router};
 use base64::Engine as _;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
+use super::access::Caller;
+use super::activity::{on_object, recorded};
 use super::{ApiError, ApiResult};
 use crate::model::hint::WithHint;
 use crate::runtime::Host;
 use crate::store::{OutputFilter, OutputSummary};
 
-pub(super) fn routes() -> Router<Arc<Host>> {
-    Router::new()
-        .route("/outbox", get(list))
-        .route("/outbox/{number}", get(show))
-        .route("/outbox/retry", post(retry))
-        .route("/outbox/drop", post(drop))
-}
-
-async fn list(
+pub(super) async fn list(
     State(host): State<Arc<Host>>,
     Query(filter): Query<OutputFilter>,
 ) -> ApiResult<Vec<OutputSummary>> {
@@ -42,7 +36,10 @@ pub struct Output {
     pub stream_sequence: Option<u64>,
 }
 
-async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> ApiResult<Output> {
+pub(super) async fn show(
+    State(host): State<Arc<Host>>,
+    Path(number): Path<i64>,
+) -> ApiResult<Output> {
     let Some(record) = host.services.store.output(number).await? else {
         let error =
             anyhow!("there is no output {number}; published outputs are kept for a while only");
@@ -74,29 +71,51 @@ pub struct ParkedOutputsResponse {
     pub outputs: u64,
 }
 
-async fn retry(
+/// Makes parked outputs due again.
+pub(super) async fn retry(
     State(host): State<Arc<Host>>,
+    caller: Caller,
     Json(request): Json<ParkedOutputsRequest>,
 ) -> ApiResult<ParkedOutputsResponse> {
-    let outputs = host.services.store.retry_outputs(&request.numbers).await?;
-    tracing::info!(outputs, "parked outputs requeued");
-    Ok(Json(ParkedOutputsResponse { outputs }))
+    let activity = on_object("outbox retry", outputs_named(&request), json!(request));
+    let store = Arc::clone(&host.services.store);
+    let change = async move {
+        let outputs = store.retry_outputs(&request.numbers).await?;
+        tracing::info!(outputs, "parked outputs requeued");
+        let response = ParkedOutputsResponse { outputs };
+        let recorded = json!(response);
+        Ok((response, recorded))
+    };
+    Ok(Json(recorded(&host, &caller, activity, change).await?))
 }
 
-async fn drop(
+/// Drops parked outputs.
+pub(super) async fn drop(
     State(host): State<Arc<Host>>,
+    caller: Caller,
     Json(request): Json<ParkedOutputsRequest>,
 ) -> ApiResult<ParkedOutputsResponse> {
-    let outputs = host
-        .services
-        .store
-        .drop_outputs(&request.numbers, &request.note)
-        .await?;
-    tracing::warn!(
-        outputs,
-        numbers = ?request.numbers,
-        note = request.note,
-        "parked outputs dropped"
-    );
-    Ok(Json(ParkedOutputsResponse { outputs }))
+    let activity = on_object("outbox drop", outputs_named(&request), json!(request));
+    let store = Arc::clone(&host.services.store);
+    let change = async move {
+        let outputs = store.drop_outputs(&request.numbers, &request.note).await?;
+        tracing::warn!(
+            outputs,
+            numbers = ?request.numbers,
+            note = request.note,
+            "parked outputs dropped"
+        );
+        let response = ParkedOutputsResponse { outputs };
+        let recorded = json!(response);
+        Ok((response, recorded))
+    };
+    Ok(Json(recorded(&host, &caller, activity, change).await?))
+}
+
+/// The outputs of a request, for display.
+fn outputs_named(request: &ParkedOutputsRequest) -> String {
+    match request.numbers.as_slice() {
+        [number] => format!("output {number}"),
+        numbers => format!("{} outputs", numbers.len()),
+    }
 }

@@ -19,6 +19,7 @@ use login::ConnectAuth;
 use publisher::Publisher;
 
 mod alarms;
+mod backlog;
 mod connection;
 mod decode;
 mod denials;
@@ -37,6 +38,7 @@ mod watermarks;
 mod wire;
 
 pub use alarms::{AlarmConsumer, AlarmMessage};
+pub use backlog::StreamRange;
 pub use feed::{Feed, FeedEvent};
 pub use inspection::{ChangedSetting, ConsumerFacts, ServerFacts, StreamFacts};
 pub use installation::OtherInstallation;

@@ -208,6 +208,11 @@ impl Bus {
         }
     }
 
+    /// Creates or updates the durable consumer, without consuming from it here.
+    pub async fn prepare_consumer(&self, subscription: &Subscription) -> Result<()> {
+        self.ensure_consumer(subscription).await.map(drop)
+    }
+
     /// Creates or updates the consumer. Returns the creation time of its stream.
     async fn ensure_consumer(&self, subscription: &Subscription) -> Result<Timestamp> {
         let stream = self
@@ -660,35 +665,9 @@ impl PullConsumer {
             sequence: position.sequence,
             stored_at: position.stored_at,
         };
-
-        // Derive the event id; an unreadable message gets one from its position.
-        let decoded = decode_message(&message);
-        let derived_event_id =
-            || derived_event_id(&origin.stream, origin.stored_at, origin.sequence);
-        let (event_id, unusable) = match decoded.why {
-            Some(why) => (derived_event_id(), Some((Reason::Unreadable, why))),
-            None => match event_id(
-                &decoded.headers,
-                Some(&message.body),
-                &origin.stream,
-                origin.stored_at,
-                origin.sequence,
-            ) {
-                Ok(id) => (id, None),
-                Err(InvalidEventId { fallback_id, why }) => {
-                    (fallback_id, Some((Reason::InvalidId, why)))
-                }
-            },
-        };
+        let (message, unusable) = identify(message, origin);
         DeliveredMessage {
-            message: Message {
-                event_id,
-                subject: decoded.subject,
-                headers: decoded.headers,
-                body: message.body,
-                origin: Some(origin),
-                redriven: None,
-            },
+            message,
             unusable,
             delivered: position.delivered,
             receipt: Receipt {
@@ -771,6 +750,40 @@ impl PullConsumer {
             failure: Arc::clone(&self.failure),
         }
     }
+}
+
+/// The message at a place, with its event id. If no worker can handle it, the reason is returned,
+/// and the event id is derived from the place.
+pub(super) fn identify(
+    message: IncomingMessage,
+    origin: Origin,
+) -> (Message, Option<(Reason, String)>) {
+    let decoded = decode_message(&message);
+    let derived_event_id = || derived_event_id(&origin.stream, origin.stored_at, origin.sequence);
+    let (event_id, unusable) = match decoded.why {
+        Some(why) => (derived_event_id(), Some((Reason::Unreadable, why))),
+        None => match event_id(
+            &decoded.headers,
+            Some(&message.body),
+            &origin.stream,
+            origin.stored_at,
+            origin.sequence,
+        ) {
+            Ok(id) => (id, None),
+            Err(InvalidEventId { fallback_id, why }) => {
+                (fallback_id, Some((Reason::InvalidId, why)))
+            }
+        },
+    };
+    let message = Message {
+        event_id,
+        subject: decoded.subject,
+        headers: decoded.headers,
+        body: message.body,
+        origin: Some(origin),
+        redriven: None,
+    };
+    (message, unusable)
 }
 
 /// A message in the form that handlers receive.

@@ -166,6 +166,15 @@ impl PullRequests {
     /// # Errors
     /// The connection is lost, or the server has lost or refused the request.
     pub async fn next(&mut self, bus: &Bus) -> Result<Option<FetchedMessage>> {
+        let next = self.next_incoming(bus).await?;
+        Ok(next.map(|(position, incoming)| fetched_message(position, &incoming)))
+    }
+
+    /// Like [`PullRequests::next`], with the message as it was received.
+    pub async fn next_incoming(
+        &mut self,
+        bus: &Bus,
+    ) -> Result<Option<(MessagePosition, IncomingMessage)>> {
         loop {
             let Some(open) = &self.open else {
                 return Ok(None);
@@ -189,7 +198,7 @@ impl PullRequests {
                     open.remaining = open.remaining.saturating_sub(1);
                 }
                 self.open.take_if(|open| open.remaining == 0);
-                return Ok(Some(fetched_message(position, &incoming)));
+                return Ok(Some((position, incoming)));
             }
             if open.reply_subject.as_bytes() == incoming.subject.as_ref()
                 && let Ok(block) = decode_headers(&incoming.headers)

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::decode::{decode_headers, is_delete_marker};
 use super::pull::headers;
+use super::wire::IncomingMessage;
 use super::{Bus, OutgoingMessage};
 use crate::model::message::{InvalidEventId, event_id};
 
@@ -40,10 +41,27 @@ pub(super) struct RawMessage {
     /// The body, in Base64.
     #[serde(default)]
     pub data: String,
-    time: jiff::Timestamp,
+    pub time: jiff::Timestamp,
 }
 
 impl RawMessage {
+    /// The message as a consumer receives it, except for bytes of the subject that are not UTF-8.
+    pub(super) fn incoming(&self) -> Result<IncomingMessage> {
+        let headers = STANDARD
+            .decode(&self.hdrs)
+            .context("decode a message's headers")?;
+        let body = STANDARD
+            .decode(&self.data)
+            .context("decode a message's body")?;
+        Ok(IncomingMessage {
+            sid: 0,
+            subject: self.subject.clone().into(),
+            reply: None,
+            headers: headers.into(),
+            body: body.into(),
+        })
+    }
+
     /// The id under which the message was published; empty if it has none.
     fn message_id(&self) -> Result<String> {
         let block = STANDARD

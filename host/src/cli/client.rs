@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
+use reqwest::header::HeaderValue;
 use reqwest::{Method, StatusCode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::exit::Exit;
-use crate::api::ErrorResponse;
+use crate::api::{ErrorResponse, STATED_NAME_HEADER};
 use crate::config::HostConfig;
 use crate::model::hint::WithHint;
 
@@ -98,6 +99,8 @@ impl HostFile {
 pub struct Client {
     base: String,
     token: String,
+    /// The name of the user, which is recorded beside that of the token.
+    stated_name: Option<HeaderValue>,
     http: reqwest::Client,
 }
 
@@ -132,6 +135,7 @@ impl Client {
         Ok(Client {
             base: base.trim_end_matches('/').to_owned(),
             token,
+            stated_name: stated_name(),
             http,
         })
     }
@@ -167,9 +171,14 @@ impl Client {
     }
 
     fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
-        self.http
+        let request = self
+            .http
             .request(method, format!("{}/v1{path}", self.base))
-            .bearer_auth(&self.token)
+            .bearer_auth(&self.token);
+        match &self.stated_name {
+            Some(name) => request.header(STATED_NAME_HEADER, name),
+            None => request,
+        }
     }
 
     async fn send<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T> {
@@ -205,6 +214,18 @@ impl Client {
             ),
         })
     }
+}
+
+/// The name of the user: `ONCELY_ACTOR`, or the user of the operating system. That is reported by
+/// `id`, as the environment can be wrong. `None` if it cannot be sent.
+fn stated_name() -> Option<HeaderValue> {
+    let user = || {
+        let output = std::process::Command::new("id").arg("-un").output();
+        let output = output.ok().filter(|output| output.status.success())?;
+        Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let name = std::env::var("ONCELY_ACTOR").ok().or_else(user)?;
+    HeaderValue::from_str(&name).ok()
 }
 
 /// The error as the host reported it: causes from the inside out, then the hints.

@@ -34,6 +34,9 @@ codes! {
         Findings: "7",
             "`oncely doctor` found a problem, or `oncely audit` a difference.",
             "Read the findings; each has a fix.";
+        NotDrained: "8",
+            "`oncely drain`: the worker is paused, but not drained after the timeout.",
+            "Run the same command again; it shows the work that is left.";
         Changes: "10",
             "`oncely deploy --plan`: a deployment would change something.",
             "Deploy, or fail the check in CI.";

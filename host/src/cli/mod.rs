@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
+mod activity;
 mod audit;
 mod build;
 pub mod cargo;
@@ -19,6 +20,7 @@ mod json_text;
 mod lock;
 mod log_line;
 mod new;
+mod operate;
 mod outbox;
 mod publish;
 mod recover;
@@ -28,10 +30,12 @@ mod run;
 mod schema;
 mod serve;
 mod signals;
+mod skip;
 mod state;
 mod status;
 pub mod term;
 mod test;
+mod token;
 mod watch;
 
 /// The version and the commit, such as `0.1.0 (1a2b3c4d5e6f)`.
@@ -56,6 +60,10 @@ enum Command {
     Rollback(deploy::Rollback),
     Retire(deploy::Retire),
     Workers(status::Workers),
+    Pause(operate::Pause),
+    Resume(operate::Resume),
+    Drain(operate::Drain),
+    Skip(skip::Skip),
     Publish(publish::Publish),
     Dlq(dlq::Dlq),
     Replay(replay::Replay),
@@ -65,6 +73,8 @@ enum Command {
     Status(status::Status),
     Audit(audit::Audit),
     Doctor(Box<doctor::Doctor>),
+    Activity(activity::Activity),
+    Token(token::Token),
     Completions(completions::Completions),
     Schema(schema::Schema),
     Explain(explain::Explain),
@@ -85,6 +95,10 @@ impl Cli {
             Command::Rollback(rollback) => rollback.run().await,
             Command::Retire(retire) => retire.run().await,
             Command::Workers(workers) => workers.run().await,
+            Command::Pause(pause) => pause.run().await,
+            Command::Resume(resume) => resume.run().await,
+            Command::Drain(drain) => drain.run().await,
+            Command::Skip(skip) => skip.run().await,
             Command::Publish(publish) => publish.run().await,
             Command::Dlq(dlq) => dlq.run().await,
             Command::Replay(replay) => replay.run().await,
@@ -94,6 +108,8 @@ impl Cli {
             Command::Status(status) => status.run().await,
             Command::Audit(audit) => audit.run().await,
             Command::Doctor(doctor) => doctor.run().await,
+            Command::Activity(activity) => activity.run().await,
+            Command::Token(token) => token.run().await,
             Command::Completions(completions) => completions.run(),
             Command::Schema(schema) => schema.run(),
             Command::Explain(explain) => explain.run(),

@@ -49,9 +49,9 @@ pub async fn wait(
     let started_at = Instant::now();
     let mut last_reported = String::new();
     loop {
-        let hosts: Vec<WorkerOnHost> = client.get(&format!("/workers/{worker}/hosts")).await?;
+        let on_hosts: Vec<WorkerOnHost> = client.get(&format!("/workers/{worker}/hosts")).await?;
         let (mut running, mut pending, mut failed) = (0, Vec::new(), Vec::new());
-        for on_host in &hosts {
+        for on_host in &on_hosts {
             match rollout_state(on_host, *version) {
                 RolloutState::Running => running += 1,
                 RolloutState::Pending(why) => pending.push(format!("{} {why}", on_host.host)),
@@ -76,9 +76,20 @@ pub async fn wait(
             } else {
                 format!(" on {running} hosts")
             };
-            return term::data(format!(
+            let is_paused = |on_host: &WorkerOnHost| {
+                let status = on_host.status.as_ref();
+                status.is_some_and(|status| status.pause.is_some())
+            };
+            let paused = on_hosts.iter().any(is_paused);
+            term::data(format!(
                 "worker {worker} version {version} is active{hosts}"
-            ));
+            ))?;
+            if paused {
+                term::note(format!(
+                    "worker {worker} stays paused; resume it with: oncely resume {worker}"
+                ));
+            }
+            return Ok(());
         }
         if started_at.elapsed() >= ROLLOUT_TIMEOUT {
             term::warning(format!(

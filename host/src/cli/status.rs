@@ -11,7 +11,7 @@ use crate::model::breaker;
 use crate::model::oci::Reference;
 use crate::model::units;
 use crate::runtime::WorkerState;
-use crate::store::{RelayMode, WalState, WorkerTotals};
+use crate::store::{Pause, RelayMode, WalState, WorkerTotals};
 
 /// Show whether the host is ready, with counts and lags by worker.
 #[derive(Debug, Args)]
@@ -80,11 +80,25 @@ impl Status {
                  list them with: oncely outbox list"
             ));
         }
+        for (worker, pause) in status
+            .workers
+            .iter()
+            .filter_map(|state| Some((&state.worker, state.pause.as_ref()?)))
+        {
+            note_pause(worker, pause);
+        }
         match &status.totals {
             Some(totals) => show_totals(&status.workers, totals),
             None => Ok(()),
         }
     }
+}
+
+fn note_pause(worker: &str, pause: &Pause) {
+    let pause = term::visible(&pause.to_string());
+    term::note(format!(
+        "worker {worker} is {pause}; resume it with: oncely resume {worker}"
+    ));
 }
 
 fn ready(status: &HostStatus) -> String {
@@ -312,8 +326,15 @@ impl Workers {
             "component",
         ]);
         workers.iter().map(row).for_each(|row| table.row(row));
-        for error in workers.iter().filter_map(|state| state.error.as_ref()) {
-            term::warning(format!("a worker is not running: {error}"));
+        for state in &workers {
+            let worker = &state.worker;
+            match (&state.pause, &state.error) {
+                (Some(pause), _) => note_pause(worker, pause),
+                (None, Some(error)) => {
+                    term::warning(format!("a worker is not running: {error}"));
+                }
+                (None, None) => {}
+            }
         }
         term::data(table.to_string().trim_end())
     }

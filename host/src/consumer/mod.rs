@@ -24,6 +24,7 @@ use crate::store::Store;
 
 mod in_flight;
 mod lane;
+mod paused;
 mod queue;
 mod redelivery;
 mod redrive;
@@ -31,6 +32,7 @@ mod redrive;
 use in_flight::InFlightMessages;
 pub use lane::VERDICT_LOG;
 use lane::{Lane, PendingMessage, nack_all};
+pub use paused::PausedWorker;
 use redelivery::RedeliveryBarrier;
 
 /// Maximum number of queued batches for each lane, besides the running one.
@@ -71,6 +73,7 @@ pub struct RunningWorker {
     pub version: u32,
     pub digest: String,
     pub counters: Arc<WorkerCounters>,
+    delivery: Delivery,
     probe: Probe,
     in_flight: InFlightMessages,
     is_subscribed: Arc<AtomicBool>,
@@ -79,13 +82,14 @@ pub struct RunningWorker {
 }
 
 impl RunningWorker {
-    /// Subscribes and starts the lanes.
+    /// Subscribes and starts the lanes. `counters` are new, or those from before a pause.
     ///
     /// # Errors
     /// The worker has no stream, or the broker refuses or does not answer.
     pub async fn start(
         delivery: Delivery,
         digest: String,
+        counters: Arc<WorkerCounters>,
         bus: &Bus,
         relay: RelayHandle,
     ) -> Result<Self> {
@@ -107,7 +111,6 @@ impl RunningWorker {
             .with_context(|| format!("subscribe worker {} to its redrives", worker.name))?;
 
         // Watch the subscription.
-        let counters = Arc::new(WorkerCounters::default());
         let is_subscribed = Arc::new(AtomicBool::new(false));
         let stop = Stop::new();
         let probe = pull.probe();
@@ -138,6 +141,7 @@ impl RunningWorker {
             version,
             digest,
             counters,
+            delivery,
             probe,
             in_flight,
             is_subscribed,
@@ -154,8 +158,7 @@ impl RunningWorker {
     /// Messages on the stream that are not handled yet. `None` when the server does not answer
     /// within a second.
     pub async fn unhandled(&self) -> Option<UnhandledMessages> {
-        let unhandled = tokio::time::timeout(Duration::from_secs(1), self.probe.unhandled()).await;
-        unhandled.ok()?.ok()
+        unhandled(&self.probe).await
     }
 
     /// A probe of its consumer.
@@ -175,6 +178,13 @@ impl RunningWorker {
             tracing::error!(worker = self.worker.name, error = %error, "worker task failed");
         }
     }
+}
+
+/// Messages on the stream that are not handled yet. `None` when the server does not answer within a
+/// second.
+async fn unhandled(probe: &Probe) -> Option<UnhandledMessages> {
+    let unhandled = tokio::time::timeout(Duration::from_secs(1), probe.unhandled()).await;
+    unhandled.ok()?.ok()
 }
 
 /// The subscriptions of a worker: to its stream, and to its redrives.

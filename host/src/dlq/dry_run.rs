@@ -91,6 +91,30 @@ pub struct Preconditions {
     pub fingerprint: String,
 }
 
+/// The reason that a plan does not hold any more; none when it holds.
+pub fn stale_reason(planned: &Preconditions, current: &Preview) -> Option<String> {
+    if *planned == current.preconditions {
+        return None;
+    }
+    Some(match (planned.version, current.preconditions.version) {
+        (Some(then), Some(version)) if then != version => {
+            format!(
+                "it was planned with version {then} of {}, but version {version} is active now; \
+                 make a new plan",
+                current.worker
+            )
+        }
+        _ if planned.generation != current.preconditions.generation => {
+            "it was redriven since".to_owned()
+        }
+        _ => format!(
+            "its result changed since it was planned; now: {} ({})",
+            current.prediction.label(),
+            current.detail
+        ),
+    })
+}
+
 /// An output that the dry run did not send.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnsentOutput {

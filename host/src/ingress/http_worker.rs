@@ -5,6 +5,7 @@
 //! Requests that only read have transactions of their own.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,7 @@ pub struct HttpWorker {
     processors: usize,
     queue: Mutex<RequestQueue>,
     in_flight: watch::Sender<usize>,
+    is_paused: AtomicBool,
 }
 
 struct RequestQueue {
@@ -95,7 +97,18 @@ impl HttpWorker {
                 group_size,
             }),
             in_flight: watch::Sender::new(0),
+            is_paused: AtomicBool::new(false),
         }
+    }
+
+    /// Pauses or resumes it. A request that entered before is handled.
+    pub fn set_paused(&self, is_paused: bool) {
+        self.is_paused.store(is_paused, Ordering::SeqCst);
+    }
+
+    /// Whether it handles no requests.
+    pub fn is_paused(&self) -> bool {
+        self.is_paused.load(Ordering::SeqCst)
     }
 
     /// Counts a request as being handled.

@@ -195,6 +195,10 @@ impl Ingress {
             Target::Worker(found) => Some(found.worker.enter()),
             Target::Publish(_) => None,
         };
+        // Checked once the request counts as in flight: a drained worker handles none.
+        if target.is_paused() {
+            return Err(Problem::paused());
+        }
         self.handle_until_settled(target, incoming, wait).await
     }
 
@@ -310,6 +314,14 @@ impl Ingress {
 }
 
 impl Target {
+    /// Whether an operator paused its worker.
+    fn is_paused(&self) -> bool {
+        match self {
+            Target::Worker(found) => found.worker.is_paused(),
+            Target::Publish(_) => false,
+        }
+    }
+
     /// The worker that owns the idempotency key; [`PUBLISHER`] for a publication.
     fn key_owner(&self) -> &str {
         match self {
@@ -379,6 +391,19 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
         Ok(target) => Arc::new(target),
         Err(problem) => return respond(problem.response(), false),
     };
+
+    // A paused worker answers no request, not even from the cache.
+    if target.is_paused() {
+        let problem = Problem::paused();
+        ingress.metrics.request(
+            target.key_owner(),
+            target.route(),
+            problem.status,
+            false,
+            began.elapsed(),
+        );
+        return respond(problem.response(), false);
+    }
 
     // A cached route.
     if let Some(policy) = target.cache_policy(&parts) {

@@ -7,6 +7,10 @@ use super::problem_code::ProblemCode;
 use crate::model::failure_code::FailureCode;
 use crate::model::request::HttpResponse;
 
+/// When requests to a paused worker may be retried, in seconds. Pauses last longer than other
+/// reasons of a refusal.
+const PAUSED_RETRY_AFTER: u32 = 10;
+
 /// An error response that does not come from a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Problem {
@@ -236,6 +240,11 @@ impl Problem {
     pub(super) fn no_memory() -> Self {
         let detail = "the memory for request bodies is exhausted; nothing was done";
         Problem::new(503, ProblemCode::Busy, "Too busy", detail).retry_after(1)
+    }
+
+    pub(super) fn paused() -> Self {
+        let detail = "this operation is paused; nothing was done, retry later";
+        Problem::new(503, ProblemCode::Paused, "Paused", detail).retry_after(PAUSED_RETRY_AFTER)
     }
 
     pub(super) fn busy() -> Self {

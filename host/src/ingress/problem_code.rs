@@ -57,6 +57,9 @@ codes! {
         Starting: "starting",
             "503: the host and its workers are starting. The request had no effect.",
             "Retry after `Retry-After`.";
+        Paused: "paused",
+            "503: an operator paused the worker of this route. The request had no effect.",
+            "Retry after `Retry-After`; `oncely resume` ends the pause.";
         Busy: "busy",
             "503: too many requests wait, or the memory for bodies is used up. No effect.",
             "Retry after `Retry-After`; raise `concurrency` of the worker or `http_memory`.";

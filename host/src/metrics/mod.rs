@@ -137,6 +137,8 @@ pub struct MeasuredWorker {
     pub worker: String,
     /// Messages in progress on this host.
     pub in_flight: usize,
+    /// Whether an operator paused it.
+    pub is_paused: bool,
     /// Messages on the stream that wait or are being handled; `None` if the server does not answer.
     pub unhandled: Option<u64>,
     /// Age of the oldest of them; zero if there are none.
@@ -179,6 +181,7 @@ pub struct Metrics {
     nats_connected: Gauge,
     database_writable: Gauge,
     in_flight: Family<WorkerLabels, Gauge>,
+    paused: Family<WorkerLabels, Gauge>,
     unhandled: Family<WorkerLabels, Gauge>,
     unhandled_age: Family<WorkerLabels, Age>,
     unhandled_age_max: Age,
@@ -361,6 +364,10 @@ impl Default for Metrics {
             database_writable: registrar.add(
                 "oncely_database_writable",
                 "Whether the database answers and accepts writes",
+            ),
+            paused: registrar.add(
+                "oncely_worker_paused",
+                "1 while an operator paused the worker, else 0",
             ),
             in_flight: registrar.add(
                 "oncely_in_flight_messages",
@@ -610,6 +617,7 @@ impl Metrics {
 
     fn measure_workers(&self, workers: &[MeasuredWorker]) {
         self.in_flight.clear();
+        self.paused.clear();
         self.unhandled.clear();
         self.unhandled_age.clear();
         for worker in workers {
@@ -617,6 +625,9 @@ impl Metrics {
             self.in_flight
                 .get_or_create(&labels)
                 .set(i64::try_from(worker.in_flight).unwrap_or(i64::MAX));
+            self.paused
+                .get_or_create(&labels)
+                .set(worker.is_paused.into());
             if let Some(unhandled) = worker.unhandled {
                 self.unhandled
                     .get_or_create(&labels)

@@ -48,6 +48,8 @@ pub enum Kind {
     Restored,
     /// A deployed worker does not run, or receives no messages.
     CannotRun,
+    /// An operator paused the worker.
+    Paused,
     /// The database accepts no writes. A host raises this alarm for itself, without the database.
     Database,
     /// Messages fail in a way that is new for their worker.
@@ -100,7 +102,7 @@ impl Default for Thresholds {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Kind; 10] = [
+    pub const ALL: [Kind; 11] = [
         Kind::DeadLetters,
         Kind::DeadLetterAge,
         Kind::UnhandledAge,
@@ -109,6 +111,7 @@ impl Kind {
         Kind::IdTaken,
         Kind::Restored,
         Kind::CannotRun,
+        Kind::Paused,
         Kind::Database,
         Kind::NewFailure,
     ];
@@ -124,6 +127,7 @@ impl Kind {
             Kind::IdTaken => "id-taken",
             Kind::Restored => "restored",
             Kind::CannotRun => "cannot-run",
+            Kind::Paused => "paused",
             Kind::Database => "database",
             Kind::NewFailure => "new-failure",
         }
@@ -164,6 +168,10 @@ impl Kind {
                 "A deployed worker does not run, or receives no messages.",
                 "The text of the alarm has the reason; `oncely workers` shows it, too.",
             ),
+            Kind::Paused => (
+                "An operator paused the worker. Its messages wait, its requests are refused.",
+                "`oncely resume WORKER` ends the pause; the text of the alarm has its reason.",
+            ),
             Kind::Database => (
                 "The database accepts no writes of a host.",
                 "Check disk space, read-only mode and standbys of the database.",
@@ -190,7 +198,7 @@ impl Kind {
         match self {
             Kind::DeadLetters | Kind::NewFailure => "dead_letters",
             Kind::Parked | Kind::IdTaken => "outputs",
-            Kind::Restored | Kind::CannotRun | Kind::Database => "hosts",
+            Kind::Restored | Kind::CannotRun | Kind::Paused | Kind::Database => "hosts",
             Kind::DeadLetterAge | Kind::UnhandledAge | Kind::UnpublishedAge => "ms",
         }
     }
@@ -220,6 +228,7 @@ impl Kind {
                     .to_owned()
             }
             (Kind::Restored, _) => "oncely recover --dry-run".to_owned(),
+            (Kind::Paused, _) => format!("oncely resume {worker}"),
             (Kind::Parked, _) => format!("oncely outbox list --worker {worker}"),
         }
     }
@@ -236,7 +245,7 @@ impl Thresholds {
             Kind::Parked => self.parked.into(),
             Kind::IdTaken => self.id_taken.into(),
             // Not configurable: a single affected host is enough.
-            Kind::Restored | Kind::CannotRun | Kind::Database => 1,
+            Kind::Restored | Kind::CannotRun | Kind::Paused | Kind::Database => 1,
             Kind::NewFailure => u64::from(self.new_failures > 0),
         }
     }
@@ -495,6 +504,7 @@ impl Notice {
                  receives no messages, and its outputs are not published"
             ),
             Kind::CannotRun => format!("worker {worker} cannot run{}", self.reason_suffix()),
+            Kind::Paused => format!("worker {worker} is paused{}", self.reason_suffix()),
             Kind::Database => format!("the database takes no writes{}", self.reason_suffix()),
             Kind::NewFailure => {
                 let again = if self.times > 1 { " again" } else { "" };

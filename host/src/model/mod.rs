@@ -19,6 +19,7 @@ pub mod output_ids;
 pub mod redrive;
 pub mod request;
 pub mod retry;
+pub mod role;
 pub mod signature;
 pub mod sql;
 pub mod subject;

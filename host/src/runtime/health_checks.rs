@@ -27,7 +27,7 @@ use crate::model::invalidation::{CACHE_STREAM, CACHE_STREAM_MAX_AGE, CACHE_SUBJE
 use crate::model::message::Output;
 use crate::model::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
 use crate::model::retry::LastError;
-use crate::store::{Store, StoredReport, is_busy};
+use crate::store::{Pause, Store, StoredReport, is_busy};
 
 /// How often the checks run.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -70,6 +70,15 @@ pub struct WorkerReport {
     /// The reason that it does not work, and the version concerned.
     pub error: Option<String>,
     pub broken_version: Option<u32>,
+    /// The pause by an operator that is applied there.
+    #[serde(default)]
+    pub pause: Option<Pause>,
+    /// Messages or requests in flight there.
+    #[serde(default)]
+    pub in_flight: usize,
+    /// Whether it is paused by an operator, with nothing in flight there.
+    #[serde(default)]
+    pub is_drained: bool,
 }
 
 /// The streams that belong to the installation itself.
@@ -140,6 +149,9 @@ impl Host {
                 state: state.state,
                 error: state.error,
                 broken_version: state.broken_version,
+                pause: state.pause,
+                in_flight: state.in_flight,
+                is_drained: state.is_drained,
             };
             (state.worker, runs)
         };

@@ -11,16 +11,19 @@ use crate::config::HostConfig;
 use crate::drain::Stopping;
 use crate::ingress::Ingress;
 use crate::services::Services;
-use crate::store::DeploymentRecord;
+use crate::store::{DeploymentRecord, Pause};
 
 mod consistency;
 pub mod deploy;
 mod health_checks;
 mod lease;
+mod pauses;
 pub mod plan_details;
 mod recovery;
+mod redrive_jobs;
 mod retention;
 mod retirement;
+mod skipping;
 mod start;
 mod supervisor;
 mod worker_entry;
@@ -28,9 +31,11 @@ mod worker_state;
 
 pub use consistency::Hold;
 pub use health_checks::{HostReport, WorkerReport, own_streams};
+pub use pauses::DrainStatus;
 pub use recovery::Recovery;
 pub use retention::Retention;
 pub use retirement::RetiredWorker;
+pub use skipping::{SkipPlan, SkipTarget, SkippedPart};
 pub use start::{HostOptions, HostTasks};
 use worker_entry::Slot;
 pub use worker_state::{RunState, WorkerState};
@@ -43,6 +48,10 @@ pub struct Host {
     /// Answers HTTP requests.
     pub ingress: Arc<Ingress>,
     workers: Mutex<BTreeMap<String, Slot>>,
+    /// The paused workers, as this host knows them.
+    pauses: std::sync::Mutex<BTreeMap<String, Pause>>,
+    /// Serializes reading and applying of pauses.
+    pausing: Mutex<()>,
     /// The reason that workers and relay are held; none while they run.
     hold: std::sync::Mutex<Option<Hold>>,
     /// Serializes comparisons of the database and NATS, and recoveries.
@@ -52,6 +61,8 @@ pub struct Host {
     /// Set once the host stops: no further worker is started.
     stopping: Stopping,
     deployed: Notify,
+    /// Notified of a new or changed job.
+    pub jobs_changed: Notify,
     /// Notified when the state of a worker changed, which other hosts may wait for.
     workers_changed: Notify,
     /// Whether the deployments made at the start are complete.

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use tokio::sync::{Mutex, Notify};
 
 use super::supervisor::supervise;
-use super::{Host, Retention, consistency, health_checks, lease};
+use super::{Host, Retention, consistency, health_checks, lease, redrive_jobs};
 use crate::alarms::WebhookClient;
 use crate::alarms::{monitor, webhook};
 use crate::bus::{Bus, LEADER_TIMEOUT};
@@ -166,11 +166,14 @@ impl Parts {
             retention: options.retention,
             ingress: Arc::new(ingress),
             workers: Mutex::new(BTreeMap::new()),
+            pauses: std::sync::Mutex::default(),
+            pausing: Mutex::new(()),
             hold: std::sync::Mutex::default(),
             recovering: Mutex::new(()),
             starting_workers: std::sync::Mutex::default(),
             stopping,
             deployed: Notify::new(),
+            jobs_changed: Notify::new(),
             workers_changed: Notify::new(),
             has_started: AtomicBool::new(false),
         });
@@ -263,6 +266,8 @@ impl HostTasks {
             .spawn(consistency::watch(Arc::clone(host), stopping.clone()));
         self.supervision
             .spawn(health_checks::watch(Arc::clone(host), stopping.clone()));
+        self.supervision
+            .spawn(redrive_jobs::run(Arc::clone(host), stopping.clone()));
         if let Some(webhook) = webhook {
             let (bus, metrics) = (
                 host.services.bus.clone(),

@@ -12,7 +12,7 @@ use super::retention::Pruner;
 use super::worker_entry::{Slot, WorkerRuntime};
 use crate::bus::ConsumerState;
 use crate::config::manifest::Worker;
-use crate::consumer::RunningWorker;
+use crate::consumer::{PausedWorker, RunningWorker};
 use crate::delivery::Delivery;
 use crate::drain::Stopping;
 use crate::fault;
@@ -34,6 +34,7 @@ impl Host {
     /// Workers compile concurrently. A worker that is being started already is skipped.
     pub async fn reconcile(&self) -> Result<()> {
         let deployments = self.services.store.active_deployments().await?;
+        self.apply_pauses().await?;
         self.stop_retired_workers(&deployments).await;
         futures::future::join_all(
             deployments
@@ -44,7 +45,7 @@ impl Host {
         Ok(())
     }
 
-    /// Notifies the supervisor of a deployment.
+    /// Notifies the supervisor of a deployment, a pause or its end.
     pub fn notify_deployed(&self) {
         self.deployed.notify_one();
     }
@@ -162,18 +163,33 @@ impl Host {
         }
         let digest = deployment.digest.clone();
         // An HTTP worker takes over at once; the previous version finishes its requests.
-        let running = match is_http {
-            true => WorkerRuntime::Requests(Arc::new(HttpWorker::new(delivery, digest))),
-            false => WorkerRuntime::Messages(Box::new(
-                RunningWorker::start(delivery, digest, &self.services.bus, relay).await?,
-            )),
+        let pause = self.pause_of(&deployment.worker);
+        let bus = &self.services.bus;
+        let running = match (is_http, &pause) {
+            (true, _) => {
+                let worker = HttpWorker::new(delivery, digest);
+                worker.set_paused(pause.is_some());
+                WorkerRuntime::Requests(Arc::new(worker))
+            }
+            (false, None) => {
+                let running = RunningWorker::start(delivery, digest, Arc::default(), bus, relay);
+                WorkerRuntime::Messages(Box::new(running.await?))
+            }
+            (false, Some(_)) => {
+                let paused = PausedWorker::new(delivery, digest, bus);
+                WorkerRuntime::Paused(Box::new(paused.await?))
+            }
         };
         tracing::info!(
             worker = deployment.worker,
             version = deployment.version,
+            is_paused = pause.is_some(),
             "worker running"
         );
+        let earlier = slot.running.as_ref().and_then(WorkerRuntime::requests);
+        slot.earlier.extend(earlier);
         slot.running = Some(running);
+        slot.pause = pause;
         (slot.broken, slot.consumer_state) = (None, ConsumerState::default());
         Ok(())
     }

@@ -7,9 +7,10 @@ use std::time::Duration;
 use super::{RunState, WorkerState};
 use crate::bus::{ConsumerState, UnhandledMessages};
 use crate::config::manifest::Worker;
-use crate::consumer::RunningWorker;
+use crate::consumer::{PausedWorker, RunningWorker, WorkerCounters};
 use crate::ingress::HttpWorker;
 use crate::model::units;
+use crate::store::Pause;
 
 /// The slot of one worker in a host.
 #[derive(Default)]
@@ -19,11 +20,17 @@ pub(super) struct Slot {
     pub broken: Option<(u32, String)>,
     /// The last known state of its consumer.
     pub consumer_state: ConsumerState,
+    /// The pause that is applied here.
+    pub pause: Option<Pause>,
+    /// Earlier versions of a worker for requests, while requests hold them.
+    pub earlier: Vec<Arc<HttpWorker>>,
 }
 
 /// The running part of a worker.
 pub(super) enum WorkerRuntime {
     Messages(Box<RunningWorker>),
+    /// A worker for messages that pulls none. A paused worker for requests refuses them itself.
+    Paused(Box<PausedWorker>),
     Requests(Arc<HttpWorker>),
 }
 
@@ -31,6 +38,7 @@ impl WorkerRuntime {
     pub(super) fn worker(&self) -> &Worker {
         match self {
             WorkerRuntime::Messages(running) => &running.worker,
+            WorkerRuntime::Paused(paused) => &paused.delivery.worker,
             WorkerRuntime::Requests(worker) => &worker.delivery.worker,
         }
     }
@@ -38,6 +46,7 @@ impl WorkerRuntime {
     pub(super) fn version(&self) -> u32 {
         match self {
             WorkerRuntime::Messages(running) => running.version,
+            WorkerRuntime::Paused(paused) => paused.delivery.version,
             WorkerRuntime::Requests(worker) => worker.delivery.version,
         }
     }
@@ -45,6 +54,7 @@ impl WorkerRuntime {
     fn digest(&self) -> &str {
         match self {
             WorkerRuntime::Messages(running) => &running.digest,
+            WorkerRuntime::Paused(paused) => &paused.digest,
             WorkerRuntime::Requests(worker) => &worker.digest,
         }
     }
@@ -53,6 +63,7 @@ impl WorkerRuntime {
     fn is_subscribed(&self) -> bool {
         match self {
             WorkerRuntime::Messages(running) => running.is_subscribed(),
+            WorkerRuntime::Paused(_) => false,
             WorkerRuntime::Requests(_) => true,
         }
     }
@@ -61,6 +72,7 @@ impl WorkerRuntime {
     pub(super) async fn unhandled(&self) -> Option<UnhandledMessages> {
         match self {
             WorkerRuntime::Messages(running) => running.unhandled().await,
+            WorkerRuntime::Paused(paused) => paused.unhandled().await,
             WorkerRuntime::Requests(_) => None,
         }
     }
@@ -69,7 +81,17 @@ impl WorkerRuntime {
     pub(super) fn in_flight(&self) -> usize {
         match self {
             WorkerRuntime::Messages(running) => running.in_flight(),
+            WorkerRuntime::Paused(paused) => paused.in_flight(),
             WorkerRuntime::Requests(worker) => worker.in_flight(),
+        }
+    }
+
+    /// Whether a paused worker has nothing in flight here.
+    fn is_drained(&self) -> bool {
+        match self {
+            WorkerRuntime::Messages(_) => false,
+            WorkerRuntime::Paused(paused) => paused.is_drained(),
+            WorkerRuntime::Requests(worker) => worker.is_paused() && worker.in_flight() == 0,
         }
     }
 
@@ -77,6 +99,7 @@ impl WorkerRuntime {
     pub(super) async fn drain(self) {
         match self {
             WorkerRuntime::Messages(running) => running.drain().await,
+            WorkerRuntime::Paused(paused) => paused.drain().await,
             WorkerRuntime::Requests(worker) => worker.drain().await,
         }
     }
@@ -84,18 +107,46 @@ impl WorkerRuntime {
     pub(super) fn requests(&self) -> Option<Arc<HttpWorker>> {
         match self {
             WorkerRuntime::Requests(worker) => Some(Arc::clone(worker)),
-            WorkerRuntime::Messages(_) => None,
+            WorkerRuntime::Messages(_) | WorkerRuntime::Paused(_) => None,
+        }
+    }
+
+    fn counters(&self) -> Option<&WorkerCounters> {
+        match self {
+            WorkerRuntime::Messages(running) => Some(&running.counters),
+            WorkerRuntime::Paused(paused) => Some(&paused.counters),
+            WorkerRuntime::Requests(_) => None,
         }
     }
 }
 
 impl Slot {
+    /// Messages or requests in flight on this host, those of earlier versions included.
+    fn in_flight(&self) -> usize {
+        let running = self.running.as_ref().map_or(0, WorkerRuntime::in_flight);
+        let earlier: usize = self.earlier.iter().map(|worker| worker.in_flight()).sum();
+        running + earlier
+    }
+
+    /// Whether it is paused with nothing in flight here.
+    fn is_drained(&self) -> bool {
+        let mut running = self.running.iter();
+        self.pause.is_some()
+            && running.all(WorkerRuntime::is_drained)
+            && self.earlier.iter().all(|worker| worker.in_flight() == 0)
+    }
+
     /// The reason that it does not work here.
     fn error(&self) -> Option<String> {
         if let Some((version, error)) = &self.broken {
             return Some(format!("version {version}: {error}"));
         }
-        self.running.as_ref()?;
+        if let Some(pause) = &self.pause {
+            return Some(pause.to_string());
+        }
+        if let WorkerRuntime::Paused(_) = self.running.as_ref()? {
+            return Some("resuming, once its messages in flight are settled".to_owned());
+        }
         match &self.consumer_state {
             ConsumerState::Active => None,
             ConsumerState::Missing(why) => Some(why.clone()),
@@ -110,7 +161,10 @@ impl Slot {
     pub(super) fn state(&self, name: &str, is_held: bool) -> WorkerState {
         let running = self.running.as_ref();
         let state = match (running, &self.broken, &self.consumer_state) {
-            (_, Some(_), _) | (Some(_), None, ConsumerState::Missing(_)) => RunState::Broken,
+            (_, Some(_), _) => RunState::Broken,
+            (Some(WorkerRuntime::Paused(_)), None, _) => RunState::Paused,
+            (Some(_), None, _) if self.pause.is_some() => RunState::Paused,
+            (Some(_), None, ConsumerState::Missing(_)) => RunState::Broken,
             (Some(_), None, ConsumerState::Paused(_)) => RunState::Paused,
             (Some(running), None, ConsumerState::Active) if running.is_subscribed() => {
                 RunState::Running
@@ -118,10 +172,7 @@ impl Slot {
             (None, None, _) if is_held => RunState::Held,
             _ => RunState::Starting,
         };
-        let counters = running.and_then(|running| match running {
-            WorkerRuntime::Messages(running) => Some(&running.counters),
-            WorkerRuntime::Requests(_) => None,
-        });
+        let counters = running.and_then(WorkerRuntime::counters);
         let count = |counter: Option<&AtomicU64>| {
             counter.map_or(0, |counter| counter.load(Ordering::Relaxed))
         };
@@ -140,6 +191,9 @@ impl Slot {
             pending: None,
             oldest_pending_ms: None,
             error: self.error(),
+            pause: self.pause.clone(),
+            in_flight: self.in_flight(),
+            is_drained: self.is_drained(),
             broken_version: self.broken.as_ref().map(|(version, _)| *version),
             done: count(counters.map(|counters| &counters.done)),
             duplicates: count(counters.map(|counters| &counters.duplicates)),

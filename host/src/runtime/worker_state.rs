@@ -10,7 +10,7 @@ use crate::alarms::monitor::HostState;
 use crate::metrics::{Measured, MeasuredOutbox, MeasuredWal, MeasuredWorker};
 use crate::model::alarm::{Alarm, Kind};
 use crate::services::age;
-use crate::store::{OutboxLag, RelayMode};
+use crate::store::{OutboxLag, Pause, RelayMode};
 
 /// The state of one worker on a host.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
@@ -28,6 +28,15 @@ pub struct WorkerState {
     pub state: RunState,
     /// The reason that it is broken or paused.
     pub error: Option<String>,
+    /// The pause by an operator that is applied here.
+    #[serde(default)]
+    pub pause: Option<Pause>,
+    /// Messages or requests in flight on this host.
+    #[serde(default)]
+    pub in_flight: usize,
+    /// Whether it is paused by an operator, with nothing in flight on this host.
+    #[serde(default)]
+    pub is_drained: bool,
     /// The active version, if it cannot run.
     #[serde(default)]
     pub broken_version: Option<u32>,
@@ -49,7 +58,7 @@ pub enum RunState {
     Starting,
     /// It takes messages or requests.
     Running,
-    /// Its consumer is paused on the server.
+    /// An operator paused it, or its consumer on the server.
     Paused,
     /// It cannot run, or its consumer is gone.
     Broken,
@@ -149,11 +158,14 @@ impl Host {
 
     async fn measure_workers(&self) -> Vec<MeasuredWorker> {
         let workers = self.workers.lock().await;
-        let running = workers.values().filter_map(|slot| slot.running.as_ref());
-        let measured = running.map(|running| async move {
+        let running = workers
+            .values()
+            .filter_map(|slot| Some((slot.running.as_ref()?, slot.pause.is_some())));
+        let measured = running.map(|(running, is_paused)| async move {
             let unhandled = running.unhandled().await;
             MeasuredWorker {
                 worker: running.worker().name.clone(),
+                is_paused,
                 in_flight: running.in_flight(),
                 unhandled: unhandled.map(|unhandled| unhandled.messages),
                 oldest: unhandled.map(|unhandled| age(unhandled).unwrap_or_default()),
@@ -164,13 +176,23 @@ impl Host {
 
     /// The state of this host that alarms depend on.
     pub(super) async fn state_for_alarms(&self) -> HostState {
-        let states = self.workers().await.into_iter();
-        let broken = states.filter(|state| state.state == RunState::Broken);
+        let states = self.workers().await;
+        let broken = states
+            .iter()
+            .filter(|state| state.state == RunState::Broken)
+            .map(|state| {
+                (
+                    state.worker.clone(),
+                    state.error.clone().unwrap_or_default(),
+                )
+            });
+        let paused = states
+            .iter()
+            .filter_map(|state| Some((state.worker.clone(), state.pause.as_ref()?.to_string())));
         HostState {
             is_restored: matches!(self.hold(), Some(Hold::Restored(_))),
-            broken: broken
-                .map(|state| (state.worker, state.error.unwrap_or_default()))
-                .collect(),
+            broken: broken.collect(),
+            paused: paused.collect(),
         }
     }
 }

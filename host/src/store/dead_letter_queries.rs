@@ -225,9 +225,9 @@ async fn edits(db: &mut Db, id: i64) -> Result<Vec<EditRecord>> {
 /// The actions on a dead letter, oldest first.
 async fn audit(db: &mut Db, id: i64) -> Result<Vec<AuditRecord>> {
     let sql = Sql {
-        postgres: "select action, generation, actor, note, (extract(epoch from at) * 1000000)::bigint as at
+        postgres: "select action, generation, actor, stated_name, note, (extract(epoch from at) * 1000000)::bigint as at
          from oncely.dead_letter_audit where dead_letter_id = $1 order by seq",
-        sqlite: "select action, generation, actor, note, at
+        sqlite: "select action, generation, actor, stated_name, note, at
          from oncely_dead_letter_audit where dead_letter_id = $1 order by seq",
         doing: "read the audit of a dead letter",
     };

@@ -108,6 +108,14 @@ pub struct DeadLetterSummary {
     pub stream_sequence: Option<u64>,
 }
 
+impl DeadLetterSummary {
+    /// The sort key for redrives: the order of the streams.
+    pub fn stream_order(&self) -> (&str, Option<&str>, Option<u64>, i64) {
+        let stream = self.stream.as_deref();
+        (&self.worker, stream, self.stream_sequence, self.id)
+    }
+}
+
 /// A corrected body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EditRecord {
@@ -130,8 +138,10 @@ pub struct AuditRecord {
     pub action: String,
     /// How many times the dead letter was redriven by then, this action included.
     pub generation: u32,
-    /// The name of the operator.
+    /// The name of the operator's token.
     pub actor: String,
+    /// The name that the client stated.
+    pub stated_name: Option<String>,
     /// The reason, as the operator wrote it; `None` if none was stated.
     pub note: Option<String>,
 }
@@ -325,8 +335,11 @@ pub struct Redrive {
 /// The actor of an action, and the actor's reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attribution {
-    /// The name of the operator.
+    /// The name of the operator's token.
     pub actor: String,
+    /// The name that the client states. Nothing vouches for it.
+    #[serde(default)]
+    pub stated_name: Option<String>,
     /// The reason, as the operator wrote it; `None` if none was stated.
     pub note: Option<String>,
 }
@@ -419,10 +432,16 @@ impl LockedDeadLetter {
 
     /// The reason why it cannot be redriven; `None` if it can.
     pub fn redrive_refusal(&self, wanted: &Redrive) -> Option<String> {
-        if wanted
+        let is_outdated = wanted
             .generation
-            .is_some_and(|generation| generation != self.generation)
-        {
+            .is_some_and(|generation| generation != self.generation);
+        if is_outdated && self.is_done() {
+            return Some(TOOK_EFFECT.to_owned());
+        }
+        if is_outdated && self.state == DeadLetterState::Redriven && !wanted.again {
+            return Some(IN_PROGRESS.to_owned());
+        }
+        if is_outdated {
             return Some("it was redriven since".to_owned());
         }
         match self.state {
@@ -480,15 +499,19 @@ pub(super) fn action_results(
         None if done.contains(&id) => None,
         None => Some("no such dead letter".to_owned()),
     };
-    let result_of = |(id, refused): (i64, Option<String>)| {
-        let took_effect = refused.as_deref() == Some(TOOK_EFFECT);
-        let in_progress = refused.as_deref() == Some(IN_PROGRESS);
-        DeadLetterActionResult {
-            id,
-            refused,
-            took_effect,
-            in_progress,
-        }
-    };
-    ids.into_iter().map(|id| result_of((id, why(id)))).collect()
+    ids.into_iter()
+        .map(|id| action_result(id, why(id)))
+        .collect()
+}
+
+/// The result for one dead letter, from the reason of its refusal, if it was refused.
+pub(super) fn action_result(id: i64, refused: Option<String>) -> DeadLetterActionResult {
+    let took_effect = refused.as_deref() == Some(TOOK_EFFECT);
+    let in_progress = refused.as_deref() == Some(IN_PROGRESS);
+    DeadLetterActionResult {
+        id,
+        refused,
+        took_effect,
+        in_progress,
+    }
 }

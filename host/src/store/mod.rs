@@ -22,6 +22,7 @@ use crate::model::output_ids::OutputIds;
 use crate::model::sql::Dialect;
 use crate::model::verdict::{DeadLetter, Settled};
 
+mod activity;
 mod alarms;
 mod archive;
 mod attempts;
@@ -40,22 +41,27 @@ pub mod inspection;
 mod instance;
 mod migrations;
 mod outputs;
+mod pauses;
 mod postgres;
 mod records;
 mod redrive;
+mod redrive_jobs;
 mod repair;
 mod reports;
 mod requests;
 mod rows;
 mod shared;
+mod skips;
 mod sqlite;
 mod state;
+mod tokens;
 mod totals;
 mod tx;
 mod values;
 mod wal;
 mod watermarks;
 
+pub use activity::{ActivityFilter, ActivityOutcome, ActivityRecord, Actor, NewActivity};
 pub use audit::{AuditedDeadLetter, Cursor, Outcome};
 pub use changes::{Changes, RowChange, TableRows, changed_rows};
 pub use dead_letters::{
@@ -67,6 +73,7 @@ pub use dead_letters::{
 pub(crate) use error::{BrokenStatement, is_busy};
 pub use error::{Result, StoreError};
 pub use instance::{HOST_LEASE, LEASE_SAFE_FOR, RENEW_INTERVAL, RENEW_TIMEOUT, TakenOver};
+pub use pauses::Pause;
 pub use postgres::{PostgresStore, ScratchDatabase};
 pub use records::{
     AlarmNotices, Claim, Claimed, CountedAttempt, DeadLettered, DeploymentRecord, FailedAttempt,
@@ -74,8 +81,11 @@ pub use records::{
     PublishedOutput, RetentionPolicy, STATE_PREVIEW, StateRecord, StoredRecording, StoredReport,
     Unpublished, WorkerTotals,
 };
+pub use redrive_jobs::{JobAction, JobItem, JobState, NewJobItem, NewRedriveJob, RedriveJob};
 pub use requests::{ClaimedRequest, KeptResponse};
+pub use skips::Skipped;
 pub use sqlite::SqliteStore;
+pub use tokens::{ActiveToken, TokenRecord};
 pub use tx::Tx;
 pub use wal::{
     Lsn, OutputWal, RelayMode, SlotState, SwitchProgress, WalEvent, WalReader, WalRecord,

@@ -266,21 +266,23 @@ async fn write_audit(
 ) -> Result<()> {
     let sql = Sql {
         postgres:
-            "insert into oncely.dead_letter_audit (dead_letter_id, action, generation, actor, note)
-         select id, $2, generation, $3, $4 from oncely.dead_letter where id = any($1) order by id",
+            "insert into oncely.dead_letter_audit (dead_letter_id, action, generation, actor, note, stated_name)
+         select id, $2, generation, $3, $4, $5 from oncely.dead_letter where id = any($1) order by id",
         sqlite:
-            "insert into oncely_dead_letter_audit (dead_letter_id, action, generation, actor, note)
-         select id, $2, generation, $3, $4 from oncely_dead_letter
+            "insert into oncely_dead_letter_audit (dead_letter_id, action, generation, actor, note, stated_name)
+         select id, $2, generation, $3, $4, $5 from oncely_dead_letter
          where id in (select value from json_each($1)) order by id",
         doing: "write the audit of dead letters",
     };
     let actor = shared::printable(&attribution.actor);
     let note = attribution.note.as_deref().map(shared::printable);
+    let stated_name = attribution.stated_name.as_deref().map(shared::printable);
     let params = [
         Param::Ints(ids),
         Param::Text(action),
         Param::Text(&actor),
         Param::OptionalText(note.as_deref()),
+        Param::OptionalText(stated_name.as_deref()),
     ];
     db.execute(sql, &params).await.map(drop)
 }

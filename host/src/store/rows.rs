@@ -262,6 +262,7 @@ pub(super) fn dead_letter_audit(row: &impl Columns) -> Result<AuditRecord> {
             action: row.get("action")?,
             generation: row.small_number("generation")?,
             actor: row.get("actor")?,
+            stated_name: row.get("stated_name")?,
             note: row.get("note")?,
         })
     })

@@ -354,6 +354,7 @@ async fn a_failure_that_returns_later_is_new_again(world: World) {
     // Resolve and clear
     let by = Attribution {
         actor: "ada".to_owned(),
+        stated_name: None,
         note: None,
     };
     world
@@ -455,6 +456,7 @@ async fn dead_letters_are_grouped_and_filtered_by_group(world: World) {
     // A dead letter that fails differently after its redrive moves to the new group.
     let by = Attribution {
         actor: "ada".to_owned(),
+        stated_name: None,
         note: None,
     };
     let back = Redrive {
@@ -515,6 +517,7 @@ async fn depths_count_open_dead_letters_only(world: World) {
         .unwrap();
     let by = Attribution {
         actor: "ada".to_owned(),
+        stated_name: None,
         note: None,
     };
     world

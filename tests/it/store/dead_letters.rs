@@ -231,6 +231,7 @@ async fn a_crash_marker_counts_until_it_is_cleared(world: World) {
 fn ada() -> Attribution {
     Attribution {
         actor: "ada".to_owned(),
+        stated_name: None,
         note: Some("why".to_owned()),
     }
 }

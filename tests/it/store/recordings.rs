@@ -158,6 +158,7 @@ async fn a_recording_is_deleted_with_its_dead_letter(world: World) {
     let dead_letters = world.store.dead_letters(&filter).await.unwrap();
     let by = Attribution {
         actor: "ada".to_owned(),
+        stated_name: None,
         note: None,
     };
     for dead_letter in dead_letters {
@@ -203,6 +204,7 @@ async fn a_recording_is_deleted_when_its_redrive_took_effect(world: World) {
     let id = world.store.dead_letters(&filter).await.unwrap()[0].id;
     let by = Attribution {
         actor: "ada".to_owned(),
+        stated_name: None,
         note: None,
     };
     world

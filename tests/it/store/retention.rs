@@ -379,6 +379,7 @@ async fn a_dead_letter_can_be_redriven_after_the_retention(world: World) {
         .remove(0);
     let by = Attribution {
         actor: "ada".to_owned(),
+        stated_name: None,
         note: None,
     };
     let back = Redrive {

@@ -4,12 +4,13 @@ use anyhow::Result;
 use clap::Args;
 
 use super::select::{ActorArgs, Selection, check_none_refused};
+use crate::api::StatedBy;
 use crate::api::dead_letters::{CloseAction, CloseRequest};
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::exit::Exit;
 use crate::cli::term;
 use crate::model::hint::WithHint;
-use crate::store::{Attribution, DeadLetterActionResult, DeadLetterSummary};
+use crate::store::{DeadLetterActionResult, DeadLetterSummary};
 
 /// How many dead letters one request closes.
 const CHUNK_SIZE: usize = 100;
@@ -95,7 +96,7 @@ async fn close(
     client: &Client,
     dead_letters: &[DeadLetterSummary],
     action: CloseAction,
-    by: Attribution,
+    by: StatedBy,
     json: bool,
 ) -> Result<()> {
     let participle = match action {

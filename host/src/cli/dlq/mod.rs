@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 mod close;
 mod edit;
 mod export;
+mod jobs;
 mod list;
 mod plan;
 mod redrive;
@@ -27,6 +28,7 @@ enum Command {
     List(list::List),
     Show(show::Show),
     Redrive(redrive::Redrive),
+    Jobs(jobs::Jobs),
     Edit(edit::Edit),
     Resolve(close::Resolve),
     Drop(close::Drop),
@@ -40,6 +42,7 @@ impl Dlq {
             Command::List(list) => list.run().await,
             Command::Show(show) => show.run().await,
             Command::Redrive(redrive) => redrive.run().await,
+            Command::Jobs(jobs) => jobs.run().await,
             Command::Edit(edit) => edit.run().await,
             Command::Resolve(resolve) => resolve.run().await,
             Command::Drop(drop) => drop.run().await,

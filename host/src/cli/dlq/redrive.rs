@@ -5,24 +5,23 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use clap::Args;
-use jiff::Timestamp;
 use serde::Serialize;
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::Instant;
 
+use super::jobs;
 use super::plan::Plan;
 use super::select::{ActorArgs, Selection, check_none_refused};
-use crate::api::dead_letters::{PlannedRedrive, RedrivePlanRequest, RedriveRequest};
+use crate::api::dead_letters::{PlannedRedrive, RedriveRequest};
+use crate::api::jobs::JobRequest;
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::term::{self, Progress};
 use crate::model::hint::WithHint;
 use crate::model::units;
+use crate::runtime::WorkerState;
 use crate::store::{
-    self, DeadLetterActionResult, DeadLetterFilter, DeadLetterState, DeadLetterSummary,
+    self, DeadLetterActionResult, DeadLetterFilter, DeadLetterState, DeadLetterSummary, JobState,
+    RedriveJob,
 };
-
-/// The maximum number of dead letters in one request, and in one that includes a dry run.
-const CHUNK_SIZE_MAX: u32 = 100;
-const PLAN_CHUNK_SIZE_MAX: u32 = 20;
 
 /// How often the states of redriven dead letters are polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
@@ -30,8 +29,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// Redrive dead letters: send them to the worker that failed.
 ///
 /// No other worker receives them. The event ids stay the same, so an event that took effect
-/// meanwhile is skipped. Dead letters are redriven in the order of their streams. The command can
-/// be interrupted and repeated.
+/// meanwhile is skipped. Dead letters are redriven in the order of their streams. Several are
+/// redriven by a job of the hosts, which continues when this command is interrupted.
 #[derive(Debug, Args)]
 pub struct Redrive {
     #[command(flatten)]
@@ -53,6 +52,9 @@ pub struct Redrive {
     /// Include dead letters that are in progress or closed.
     #[arg(long)]
     force: bool,
+    /// Return once the job is created.
+    #[arg(long, conflicts_with_all = ["dry_run", "wait"])]
+    detach: bool,
     /// Wait this long for the results.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::parse_duration)]
     wait: Duration,
@@ -102,38 +104,32 @@ impl Redrive {
         }
     }
 
+    /// Redrives one dead letter at once, and several as a job.
     async fn redrive(self, client: &Client, dead_letters: &[DeadLetterSummary]) -> Result<()> {
-        let started_at = Timestamp::now();
-        let again = self.force;
-        let wanted: Vec<store::Redrive> = dead_letters
-            .iter()
-            .map(|dead_letter| store::Redrive {
-                id: dead_letter.id,
-                generation: None,
-                again,
-            })
-            .collect();
+        let ids: Vec<i64> = dead_letters.iter().map(|one| one.id).collect();
         let by = self.actor.clone().with_note(self.note.clone());
-        let throttle = Throttle::new(self.rate, CHUNK_SIZE_MAX);
-        let (results, is_complete) = throttle
-            .send(&wanted, async |dead_letters: &[store::Redrive]| {
-                let request = RedriveRequest {
-                    dead_letters: dead_letters.to_vec(),
-                    by: by.clone(),
-                };
-                client
-                    .post::<_, Vec<DeadLetterActionResult>>("/dead-letters/redrive", &request)
-                    .await
-            })
-            .await?;
-        if !is_complete {
-            let hint = format!(
-                "resume with the same command and --until {started_at}, \
-                 which leaves out those that died again since"
-            );
-            return Err(interrupted(&results, wanted.len())).hint(hint);
+        if let ([id], false) = (ids.as_slice(), self.detach) {
+            let redrive = store::Redrive {
+                id: *id,
+                generation: None,
+                again: self.force,
+            };
+            let request = RedriveRequest {
+                dead_letters: vec![redrive],
+                by,
+            };
+            let results: Vec<DeadLetterActionResult> =
+                client.post("/dead-letters/redrive", &request).await?;
+            return self.report_results(client, &results).await;
         }
-        self.report_results(client, &results).await
+        let request = JobRequest {
+            ids,
+            rate: self.rate,
+            again: self.force,
+            by,
+            ..JobRequest::default()
+        };
+        self.run_job(client, &request).await
     }
 
     async fn redrive_plan(self, client: &Client, path: &Path) -> Result<()> {
@@ -148,24 +144,46 @@ impl Redrive {
             wanted.len(),
             plan.dead_letters.len()
         ));
-        let by = self.actor.clone().with_note(self.note.clone());
-        let throttle = Throttle::new(self.rate, PLAN_CHUNK_SIZE_MAX);
-        let (results, is_complete) = throttle
-            .send(&wanted, async |dead_letters: &[PlannedRedrive]| {
-                let request = RedrivePlanRequest {
-                    dead_letters: dead_letters.to_vec(),
-                    by: by.clone(),
-                };
-                client
-                    .post::<_, Vec<DeadLetterActionResult>>("/dead-letters/redrive-plan", &request)
-                    .await
-            })
-            .await?;
-        if !is_complete {
-            let hint = "resume with a new plan: oncely dlq redrive --all --dry-run --out plan.json";
-            return Err(interrupted(&results, wanted.len())).hint(hint);
+        if wanted.is_empty() {
+            return self.report_results(client, &[]).await;
         }
-        self.report_results(client, &results).await
+        let request = JobRequest {
+            plan: wanted,
+            rate: self.rate,
+            by: self.actor.clone().with_note(self.note.clone()),
+            ..JobRequest::default()
+        };
+        self.run_job(client, &request).await
+    }
+
+    /// Creates a job, follows it, and reports its results. The job continues without this command.
+    async fn run_job(&self, client: &Client, request: &JobRequest) -> Result<()> {
+        let job: RedriveJob = client.post("/dead-letters/jobs", request).await?;
+        if self.detach {
+            return match self.json {
+                true => term::json(&job),
+                false => term::data(format!(
+                    "job {} redrives {} dead letters; show it with: oncely dlq jobs show {}",
+                    job.id, job.total, job.id
+                )),
+            };
+        }
+        let Some(job) = jobs::follow(client, job).await? else {
+            return Ok(());
+        };
+        let results = jobs::results(client, job.id).await?;
+        self.report_results(client, &results).await?;
+        match job.state {
+            JobState::Done => Ok(()),
+            state => Err(anyhow!(
+                "job {} is {} after {} of {} dead letters",
+                job.id,
+                state.as_str(),
+                job.redriven + job.refused,
+                job.total
+            ))
+            .hint(format!("oncely dlq jobs show {}", job.id)),
+        }
     }
 
     /// Waits for the results and prints them.
@@ -186,6 +204,9 @@ impl Redrive {
             .into_iter()
             .partition(|result| result.took_effect && by_filter);
         let mut summary = RedriveSummary::wait(client, &results, self.wait).await?;
+        if summary.pending > 0 {
+            note_paused_workers(client).await?;
+        }
         summary.already_succeeded = already_succeeded.len();
         if self.json {
             term::json(&summary)?;
@@ -196,67 +217,17 @@ impl Redrive {
     }
 }
 
-fn interrupted(results: &[DeadLetterActionResult], wanted: usize) -> anyhow::Error {
-    let count = results
-        .iter()
-        .filter(|result| result.refused.is_none())
-        .count();
-    anyhow!("stopped after {count} of {wanted} dead letters")
-}
-
-/// The size of a chunk, and the interval between two chunks.
-struct Throttle {
-    chunk: usize,
-    interval: Duration,
-}
-
-impl Throttle {
-    /// A throttle for this many dead letters per second; 0 for no limit.
-    fn new(rate: u32, chunk_max: u32) -> Throttle {
-        let chunk = if rate == 0 {
-            chunk_max
-        } else {
-            (rate / 10).clamp(1, chunk_max)
-        };
-        let interval = if rate == 0 {
-            Duration::from_nanos(1)
-        } else {
-            Duration::from_secs(1).mul_f64(f64::from(chunk) / f64::from(rate))
-        };
-        Throttle {
-            chunk: chunk as usize,
-            interval,
-        }
+/// Notes the paused workers, whose redriven dead letters stay pending.
+async fn note_paused_workers(client: &Client) -> Result<()> {
+    let workers: Vec<WorkerState> = client.get("/workers").await?;
+    for paused in workers.iter().filter(|worker| worker.pause.is_some()) {
+        let worker = &paused.worker;
+        term::note(format!(
+            "worker {worker} is paused and handles no redrives; resume it with: oncely resume \
+             {worker}"
+        ));
     }
-
-    /// Sends dead letters at this rate until all are sent, or Ctrl-C is pressed: then false. Those
-    /// sent stay sent.
-    async fn send<T>(
-        &self,
-        dead_letters: &[T],
-        send: impl AsyncFn(&[T]) -> Result<Vec<DeadLetterActionResult>>,
-    ) -> Result<(Vec<DeadLetterActionResult>, bool)> {
-        let mut tick = tokio::time::interval(self.interval);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut progress = Progress::bar("redrive", dead_letters.len() as u64);
-        let mut results: Vec<DeadLetterActionResult> = Vec::new();
-        let mut stop = std::pin::pin!(tokio::signal::ctrl_c());
-        for chunk in dead_letters.chunks(self.chunk) {
-            tokio::select! {
-                biased;
-                _ = &mut stop => return Ok((results, false)),
-                _ = tick.tick() => {}
-            }
-            results.extend(send(chunk).await?);
-            progress.set(results.len() as u64);
-        }
-        let count = results
-            .iter()
-            .filter(|result| result.refused.is_none())
-            .count();
-        progress.finish(&format!("{count} of {}", dead_letters.len()));
-        Ok((results, true))
-    }
+    Ok(())
 }
 
 /// The results of a redrive.

@@ -4,12 +4,13 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use jiff::Timestamp;
 
+use crate::api::StatedBy;
 use crate::cli::client::Client;
 use crate::cli::exit::Exit;
 use crate::cli::term;
 use crate::model::hint::WithHint;
 use crate::model::units;
-use crate::store::{Attribution, DeadLetterActionResult, DeadLetterFilter, DeadLetterSummary};
+use crate::store::{DeadLetterActionResult, DeadLetterFilter, DeadLetterSummary};
 
 /// Filters for dead letters.
 #[derive(Debug, Clone, Args)]
@@ -118,44 +119,27 @@ impl Selection {
             return Err(Exit::NotFound.with_message(format!("there is no dead letter {missing}")))
                 .hint("oncely dlq list");
         }
-        dead_letters.sort_by(|a, b| stream_position(a).cmp(&stream_position(b)));
+        dead_letters.sort_by(|a, b| a.stream_order().cmp(&b.stream_order()));
         Ok(dead_letters)
     }
-}
-
-fn stream_position(dead_letter: &DeadLetterSummary) -> (&str, Option<&str>, Option<u64>, i64) {
-    (
-        &dead_letter.worker,
-        dead_letter.stream.as_deref(),
-        dead_letter.stream_sequence,
-        dead_letter.id,
-    )
 }
 
 /// The person who runs a command.
 #[derive(Debug, Clone, Args)]
 pub struct ActorArgs {
-    /// Record this name as the actor. Default: the user of the operating system.
+    /// State this name, which is recorded beside the name of the token. Default: the user of the
+    /// operating system.
     #[arg(long, env = "ONCELY_ACTOR", value_name = "NAME")]
     actor: Option<String>,
 }
 
 impl ActorArgs {
-    pub fn with_note(self, note: Option<String>) -> Attribution {
-        Attribution {
-            actor: self.actor.unwrap_or_else(user),
+    pub fn with_note(self, note: Option<String>) -> StatedBy {
+        StatedBy {
+            actor: self.actor,
             note,
         }
     }
-}
-
-/// The user of the operating system, as reported by `id`: the environment can be wrong.
-fn user() -> String {
-    let output = std::process::Command::new("id").arg("-un").output();
-    let name = output.ok().filter(|output| output.status.success());
-    let name = name.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
-    name.filter(|name| !name.is_empty())
-        .unwrap_or_else(|| "unknown".to_owned())
 }
 
 /// Fails if dead letters were refused, with the reasons.

@@ -162,8 +162,13 @@ fn show_history(dead_letter: &DeadLetter) -> Result<()> {
             .as_ref()
             .map(|note| format!(": {note}"))
             .unwrap_or_default();
+        let stated_name = entry
+            .stated_name
+            .as_ref()
+            .map(|name| format!(" ({name})"))
+            .unwrap_or_default();
         let line = format!(
-            "{} at {} by {}{note}",
+            "{} at {} by {}{stated_name}{note}",
             entry.action,
             units::format_time(entry.at),
             entry.actor
