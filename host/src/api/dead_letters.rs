@@ -48,7 +48,7 @@ pub(super) fn routes() -> Router<Arc<Host>> {
         .route("/dead-letters/{id}/edit", post(edit))
 }
 
-async fn find(
+pub async fn find(
     State(host): State<Arc<Host>>,
     Json(filter): Json<DeadLetterFilter>,
 ) -> ApiResult<Vec<DeadLetterSummary>> {
@@ -57,7 +57,7 @@ async fn find(
     ))
 }
 
-async fn groups(
+pub async fn groups(
     State(host): State<Arc<Host>>,
     Json(filter): Json<DeadLetterFilter>,
 ) -> ApiResult<Vec<DeadLetterGroup>> {
@@ -137,7 +137,10 @@ fn trace_id(traceparent: &str) -> Option<String> {
     (id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| id.to_owned())
 }
 
-async fn dead_letter(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> ApiResult<DeadLetter> {
+pub async fn dead_letter(
+    State(host): State<Arc<Host>>,
+    Path(id): Path<i64>,
+) -> ApiResult<DeadLetter> {
     let record = host
         .services
         .store
@@ -148,7 +151,7 @@ async fn dead_letter(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> ApiR
 }
 
 /// The data for a replay of its last attempt, without the component.
-async fn replayable(
+pub async fn replayable(
     State(host): State<Arc<Host>>,
     Path(id): Path<i64>,
 ) -> ApiResult<Option<Replayable>> {
@@ -177,7 +180,7 @@ pub struct RedriveRequest {
     pub by: Attribution,
 }
 
-async fn redrive(
+pub async fn redrive(
     State(host): State<Arc<Host>>,
     Json(request): Json<RedriveRequest>,
 ) -> ApiResult<Vec<DeadLetterActionResult>> {
@@ -199,7 +202,7 @@ pub struct DeadLettersRequest {
     pub ids: Vec<i64>,
 }
 
-async fn dry_run(
+pub async fn dry_run(
     State(host): State<Arc<Host>>,
     Json(request): Json<DeadLettersRequest>,
 ) -> ApiResult<Vec<Preview>> {
@@ -207,7 +210,7 @@ async fn dry_run(
     Ok(Json(dry_run::preview(&host.services, &request.ids).await?))
 }
 
-async fn verify(
+pub async fn verify(
     State(host): State<Arc<Host>>,
     Json(request): Json<DeadLettersRequest>,
 ) -> ApiResult<Verification> {
@@ -229,7 +232,7 @@ pub struct PlannedRedrive {
 }
 
 /// Repeats the dry run right before the redrive. Dead letters with a different result are refused.
-async fn redrive_plan(
+pub async fn redrive_plan(
     State(host): State<Arc<Host>>,
     Json(request): Json<RedrivePlanRequest>,
 ) -> ApiResult<Vec<DeadLetterActionResult>> {
@@ -316,7 +319,7 @@ pub enum CloseAction {
     Drop,
 }
 
-async fn close(
+pub async fn close(
     State(host): State<Arc<Host>>,
     Json(request): Json<CloseRequest>,
 ) -> ApiResult<Vec<DeadLetterActionResult>> {
@@ -343,7 +346,7 @@ pub struct EditRequest {
     pub by: Attribution,
 }
 
-async fn edit(
+pub async fn edit(
     State(host): State<Arc<Host>>,
     Path(id): Path<i64>,
     Json(request): Json<EditRequest>,

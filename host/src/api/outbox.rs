@@ -23,7 +23,7 @@ pub(super) fn routes() -> Router<Arc<Host>> {
         .route("/outbox/drop", post(drop))
 }
 
-async fn list(
+pub async fn list(
     State(host): State<Arc<Host>>,
     Query(filter): Query<OutputFilter>,
 ) -> ApiResult<Vec<OutputSummary>> {
@@ -42,7 +42,7 @@ pub struct Output {
     pub stream_sequence: Option<u64>,
 }
 
-async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> ApiResult<Output> {
+pub async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> ApiResult<Output> {
     let Some(record) = host.services.store.output(number).await? else {
         let error =
             anyhow!("there is no output {number}; published outputs are kept for a while only");
@@ -74,7 +74,7 @@ pub struct ParkedOutputsResponse {
     pub outputs: u64,
 }
 
-async fn retry(
+pub async fn retry(
     State(host): State<Arc<Host>>,
     Json(request): Json<ParkedOutputsRequest>,
 ) -> ApiResult<ParkedOutputsResponse> {
@@ -83,7 +83,7 @@ async fn retry(
     Ok(Json(ParkedOutputsResponse { outputs }))
 }
 
-async fn drop(
+pub async fn drop(
     State(host): State<Arc<Host>>,
     Json(request): Json<ParkedOutputsRequest>,
 ) -> ApiResult<ParkedOutputsResponse> {

@@ -22,6 +22,7 @@ use super::watch::Sources;
 use crate::bus::EmbeddedServer;
 use crate::config::manifest::{FILE_NAME, Manifest};
 use crate::config::{HostConfig, HostFlags};
+use crate::console::Identity;
 use crate::consumer::VERDICT_LOG;
 use crate::runtime::{Host, deploy};
 
@@ -323,6 +324,14 @@ async fn deploy_in_process(
 async fn print_addresses(host_process: &HostProcess, config: &HostConfig) -> Result<()> {
     term::data(term::details([
         ("control API", format!("http://{}", host_process.address)),
+        (
+            "console",
+            format!(
+                "http://{}{}",
+                host_process.address,
+                host_process.console.login_path(Identity::of_operator())
+            ),
+        ),
         (
             "requests",
             host_process

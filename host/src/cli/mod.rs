@@ -7,13 +7,13 @@ pub mod cargo;
 mod client;
 mod compile;
 mod completions;
+mod console;
 mod deploy;
 mod dev;
 mod dlq;
 mod encode;
 pub mod exit;
 mod explain;
-mod json_text;
 mod lock;
 mod log_line;
 mod new;
@@ -61,6 +61,7 @@ enum Command {
     Recover(recover::Recover),
     State(state::State),
     Status(status::Status),
+    Console(console::Console),
     Completions(completions::Completions),
     Schema(schema::Schema),
     Explain(explain::Explain),
@@ -88,6 +89,7 @@ impl Cli {
             Command::Recover(recover) => recover.run().await,
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
+            Command::Console(console) => console.run().await,
             Command::Completions(completions) => completions.run(),
             Command::Schema(schema) => schema.run(),
             Command::Explain(explain) => explain.run(),

@@ -15,6 +15,7 @@ use crate::store::DeploymentRecord;
 mod consistency;
 pub mod deploy;
 mod health_checks;
+mod history;
 mod lease;
 pub mod plan_details;
 mod recovery;

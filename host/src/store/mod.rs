@@ -32,7 +32,9 @@ mod dead_lettering;
 mod dead_letters;
 mod deployments;
 mod error;
+mod events;
 mod guest_statement;
+mod history;
 mod inbox;
 mod instance;
 mod migrations;
@@ -55,13 +57,15 @@ mod watermarks;
 
 pub use changes::{Changes, RowChange, TableRows, changed_rows};
 pub use dead_letters::{
-    AttemptRecord, Attribution, AuditRecord, DeadLetterAction, DeadLetterActionResult,
-    DeadLetterDepth, DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
-    DeadLetterState, DeadLetterSummary, EditRecord, Redrive, RedriveLookup, all_dead_letters,
-    grouped_dead_letters,
+    ActivityFilter, ActivityRecord, AttemptRecord, Attribution, AuditRecord, DeadLetterAction,
+    DeadLetterActionResult, DeadLetterDepth, DeadLetterFilter, DeadLetterGroup, DeadLetterOutput,
+    DeadLetterRecord, DeadLetterState, DeadLetterSummary, EditRecord, Redrive, RedriveLookup,
+    all_dead_letters, grouped_dead_letters,
 };
 pub(crate) use error::{BrokenStatement, is_busy};
 pub use error::{Result, StoreError};
+pub use events::{EVENT_OUTPUTS_MAX, EventRecord, InboxRecord};
+pub use history::{HISTORY_BUCKET_SECS, HISTORY_BUCKETS, HistoryCounts, HistoryPoint};
 pub use instance::{HOST_LEASE, LEASE_SAFE_FOR, RENEW_INTERVAL, RENEW_TIMEOUT, TakenOver};
 pub use postgres::{PostgresStore, ScratchDatabase};
 pub use records::{
@@ -70,7 +74,7 @@ pub use records::{
     RetentionPolicy, STATE_PREVIEW, StateRecord, StoredRecording, StoredReport, Unpublished,
     WorkerTotals,
 };
-pub use requests::{ClaimedRequest, KeptResponse};
+pub use requests::{ClaimedRequest, KeptResponse, RequestRecord};
 pub use sqlite::SqliteStore;
 pub use tx::Tx;
 pub use wal::{
@@ -491,6 +495,27 @@ impl Store {
         Ok(found)
     }
 
+    /// Adds counts of this host's workers to their history. A crash of PostgreSQL may lose them.
+    pub async fn add_history(&self, counts: &[HistoryCounts]) -> Result<()> {
+        let mut db = self.write_async().await?;
+        history::add(&mut db, counts).await?;
+        db.commit().await
+    }
+
+    /// The history of a worker, or of all workers by name, over the last `buckets` times of five
+    /// minutes, `step` of them added up for each point, oldest first.
+    pub async fn history(
+        &self,
+        worker: Option<&str>,
+        buckets: u32,
+        step: u32,
+    ) -> Result<Vec<HistoryPoint>> {
+        let mut db = self.read().await?;
+        let found = history::read(&mut db, worker, buckets, step).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
     /// Activates an earlier deployment; `None` if there is no such version.
     pub async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
         let mut db = self.write().await?;
@@ -548,6 +573,44 @@ impl Store {
     ) -> Result<Vec<DeadLetterGroup>> {
         let mut db = self.read().await?;
         let found = dead_letter_queries::groups(&mut db, filter).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// All rows of an event of a worker.
+    pub async fn event(&self, worker: &str, event_id: &str) -> Result<EventRecord> {
+        let mut db = self.read().await?;
+        let found = events::find(&mut db, worker, event_id).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// The answered requests with an idempotency key on a worker's route, of all callers, newest
+    /// first.
+    pub async fn answered_requests(
+        &self,
+        worker: &str,
+        route: &str,
+        key: &str,
+    ) -> Result<Vec<RequestRecord>> {
+        let mut db = self.read().await?;
+        let found = requests::find(&mut db, worker, route, key).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// The workers that know an event id, by name.
+    pub async fn workers_with_event(&self, event_id: &str) -> Result<Vec<String>> {
+        let mut db = self.read().await?;
+        let found = events::workers_with(&mut db, event_id).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// One page of the actions of operators on dead letters, newest first.
+    pub async fn activity(&self, filter: &ActivityFilter) -> Result<Vec<ActivityRecord>> {
+        let mut db = self.read().await?;
+        let found = dead_letter_queries::activity(&mut db, filter).await?;
         db.commit().await?;
         Ok(found)
     }
