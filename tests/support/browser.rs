@@ -1,6 +1,7 @@
 //! A headless Chromium, controlled by chromedriver over the WebDriver protocol.
 
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -9,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::server::{Server, free_port};
+use crate::server::free_port;
 
 /// Timeout for the start of the browser, and for a page.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -28,7 +29,7 @@ pub struct Browser {
     http: reqwest::Client,
     /// The address of the session.
     session: String,
-    _driver: Server,
+    _driver: Driver,
     _profile: TempDir,
 }
 
@@ -43,11 +44,7 @@ impl Browser {
             .tempdir()
             .context("create a folder")?;
         let port = free_port()?;
-        let command = format!("exec chromedriver --port={port} --log-level=SEVERE");
-        let driver = Server::start(
-            &format!("( {command} ) >/dev/null 2>&1"),
-            &profile.path().join("no-such-folder"),
-        )?;
+        let driver = Driver::start(port)?;
         let http = reqwest::Client::builder()
             .no_proxy()
             .timeout(PATIENCE)
@@ -227,6 +224,36 @@ impl Browser {
 
     async fn get(&self, path: &str) -> Result<Value> {
         value_of(self.http.get(format!("{}/{path}", self.session))).await
+    }
+}
+
+/// The driver with its browser, in a process group of their own. A shell kills the group when the
+/// pipe from this process closes: the driver alone would leave the browser behind.
+struct Driver {
+    shell: Child,
+}
+
+impl Driver {
+    fn start(port: u16) -> Result<Self> {
+        let script = format!(
+            "set -m; chromedriver --port={port} --log-level=SEVERE & pid=$!; read _; \
+             kill -KILL -- -$pid; wait $pid"
+        );
+        let shell = Command::new("sh")
+            .args(["-c", &script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("start chromedriver; `make install-tools` installs it")?;
+        Ok(Driver { shell })
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        drop(self.shell.stdin.take());
+        let _ = self.shell.wait();
     }
 }
 

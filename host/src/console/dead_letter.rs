@@ -357,7 +357,7 @@ fn calls(id: i64, recording: &Replayable) -> Markup {
             @if steps.is_empty() {
                 p.empty { "The handler called nothing." }
             } @else {
-                (table("Recorded calls", &["#", "Call", "Result"], rows))
+                (table("Recorded calls", &["#Call", "Function", "Result"], rows))
             }
             p.caption { "Run the attempt again on your machine" }
             (command(&format!("oncely replay {id}")))
@@ -476,7 +476,7 @@ fn show_verification(id: i64, title: &str, found: &Verification) -> Markup {
                     ("Inbox", html! { (check.inbox.as_deref().unwrap_or("no record yet")) }),
                 ]))
                 @if !check.outputs.is_empty() {
-                    (table("Outputs on streams", &["Output", "Copies"], html! {
+                    (table("Outputs on streams", &["Output", "#Copies"], html! {
                         @for (output, copies) in &check.outputs {
                             tr { td.wrap { code { (text(output)) } } td.number { (copies) } }
                         }

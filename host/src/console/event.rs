@@ -405,7 +405,7 @@ fn outputs_step(event: &Event, copies: &str) -> Markup {
         "State",
         "Place",
         "At its place",
-        "Copies",
+        "#Copies",
         "Handled by",
     ];
     let rows = html! { @for output in outputs { (output_row(output)) } };

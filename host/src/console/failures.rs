@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::fields::Fields;
 use super::links;
 use super::page::Section;
-use super::parts::{Tone, badge, cell, command, count, counted, table, text, time};
+use super::parts::{Tone, badge, cell, command, count, counted, sentence, table, text, time};
 use super::problem::Problem;
 use super::visitor::{Answer, Visitor};
 use super::{Console, host};
@@ -223,7 +223,7 @@ fn filters(query: &Fields) -> Markup {
 }
 
 fn groups(groups: &[DeadLetterGroup]) -> Markup {
-    let heads = ["Dead letters", "Failure", "Worker", "First", "Last"];
+    let heads = ["#Number", "Failure", "Worker", "First", "Last"];
     let rows = html! {
         @for found in groups {
             @let link = match &found.group {
@@ -231,17 +231,20 @@ fn groups(groups: &[DeadLetterGroup]) -> Markup {
                 None => links::failures_of(&found.worker),
             };
             tr {
-                td.number { a href=(link) { (count(found.dead_letters)) } }
+                td.number { (count(found.dead_letters)) }
                 td.failure {
                     @match &found.group {
                         Some(group) => {
                             (reason(&group.reason, group.code.as_deref()))
-                            span.shape { (cell(&group.shape)) }
+                            a.shape href=(link) {
+                                @if group.shape.is_empty() { "all of them" }
+                                @else { (cell(&group.shape)) }
+                            }
                             @if let Some(place) = &group.place {
                                 span.muted { " at " (cell(place)) }
                             }
                         },
-                        None => span.muted { "older than groups" },
+                        None => a.shape href=(link) { "older than groups" },
                     }
                 }
                 td { a href=(links::worker(&found.worker)) { (text(&found.worker)) } }
@@ -284,7 +287,8 @@ pub fn explained(reason: &str, code: Option<&str>) -> Markup {
     html! {
         @for explanation in explanations.into_iter().flatten() {
             p.caption {
-                code { (explanation.code) } ": " (explanation.meaning) " " (explanation.action)
+                code { (explanation.code) } ": " (sentence(explanation.meaning)) " "
+                (sentence(explanation.action))
             }
         }
     }
@@ -326,7 +330,13 @@ fn bulk_links(query: &Fields, selected: &Fields) -> Markup {
 /// A table of dead letters.
 pub fn list(dead_letters: &[DeadLetterSummary]) -> Markup {
     let heads = [
-        "Id", "State", "Failure", "Worker", "Event", "Attempts", "Died",
+        "Id",
+        "State",
+        "Failure",
+        "Worker",
+        "Event",
+        "#Attempts",
+        "Died",
     ];
     let rows = html! {
         @for one in dead_letters {

@@ -314,12 +314,12 @@ fn show_workers(now: &Now) -> Markup {
     let heads = [
         "Worker",
         "State",
-        "Waiting",
-        "Oldest",
-        "Handled",
-        "Retries",
-        "Dead letters",
-        "Unpublished",
+        "#Waiting",
+        "#Oldest",
+        "#Handled",
+        "#Retries",
+        "#Dead letters",
+        "#Unpublished",
         "Last 24 hours",
     ];
     let rows = html! {

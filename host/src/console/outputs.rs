@@ -77,7 +77,7 @@ fn page(view: &View) -> Markup {
         @if view.outputs.is_empty() {
             p.empty.good { "No output is " (kind) "." }
         } @else {
-            (table("Outputs", &["Number", "State", "Output", "Worker", "Blocks", "Since"], html! {
+            (table("Outputs", &["Number", "State", "Output", "Worker", "#Blocks", "Since"], html! {
                 @for output in &view.outputs { (row(output)) }
             }))
             @if view.outputs.len() >= SHOWN_MAX as usize {

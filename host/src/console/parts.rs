@@ -153,6 +153,15 @@ pub fn command(line: &str) -> Markup {
     html! { code.command { (text(line)) } }
 }
 
+/// A sentence of the host, with its commands between backticks.
+pub fn sentence(content: &str) -> Markup {
+    html! {
+        @for (place, part) in content.split('`').enumerate() {
+            @if place % 2 == 1 { code { (text(part)) } } @else { (text(part)) }
+        }
+    }
+}
+
 /// Pairs of names and values.
 pub fn details<'n>(pairs: impl IntoIterator<Item = (&'n str, Markup)>) -> Markup {
     html! {
@@ -162,12 +171,18 @@ pub fn details<'n>(pairs: impl IntoIterator<Item = (&'n str, Markup)>) -> Markup
     }
 }
 
-/// A table that scrolls in itself if the window is too narrow.
+/// A table that scrolls in itself if the window is too narrow. A head that begins with `#` is that
+/// of numbers.
 pub fn table(label: &str, heads: &[&str], rows: Markup) -> Markup {
     html! {
         div.scroll role="region" aria-label=(label) tabindex="0" {
             table {
-                thead { tr { @for head in heads { th scope="col" { (head) } } } }
+                thead { tr { @for head in heads {
+                    @match head.strip_prefix('#') {
+                        Some(head) => th.number scope="col" { (head) },
+                        None => th scope="col" { (head) },
+                    }
+                } } }
                 tbody { (rows) }
             }
         }

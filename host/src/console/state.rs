@@ -45,7 +45,7 @@ pub async fn list(
         @if entries.is_empty() {
             p.empty { "No key begins with this text." }
         } @else {
-            (table("State", &["Key", "Version", "Size", "Changed", "Value"], html! {
+            (table("State", &["Key", "#Version", "#Size", "Changed", "Value"], html! {
                 @for entry in entries {
                     tr {
                         th scope="row" {

@@ -78,8 +78,8 @@ pub async fn list(State(console): State<Arc<Console>>, visitor: Visitor) -> Answ
         let heads = [
             "Stream",
             "Subjects",
-            "Messages",
-            "Last",
+            "#Messages",
+            "#Last",
             "Keeps",
             "Created",
             "Consumed by",

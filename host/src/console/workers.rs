@@ -49,7 +49,14 @@ impl View {
 pub async fn list(State(console): State<Arc<Console>>, visitor: Visitor) -> Answer {
     let states = console.host.workers_with_backlog().await;
     visitor.answer(Section::Workers, "Workers", &states, |states| {
-        let heads = ["Worker", "State", "Takes", "Waiting", "Oldest", "Component"];
+        let heads = [
+            "Worker",
+            "State",
+            "Takes",
+            "#Waiting",
+            "#Oldest",
+            "Component",
+        ];
         let rows = html! { @for state in states { (row(state)) } };
         html! {
             h1 { "Workers" }

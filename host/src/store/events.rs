@@ -82,7 +82,7 @@ pub(super) async fn workers_with(db: &mut Db, event_id: &str) -> Result<Vec<Stri
          select worker from oncely.inbox join names using (worker) where event_id = $1
          union select worker from oncely.dead_letter join names using (worker) where event_id = $1
          union select worker from oncely.attempt join names using (worker) where event_id = $1
-         order by worker",
+         order by 1",
         sqlite: "with names as (select distinct worker from oncely_deployment)
          select inbox.worker from names cross join oncely_inbox as inbox
              on inbox.worker = names.worker and inbox.event_id = $1
@@ -90,7 +90,7 @@ pub(super) async fn workers_with(db: &mut Db, event_id: &str) -> Result<Vec<Stri
              on dead_letter.worker = names.worker and dead_letter.event_id = $1
          union select attempt.worker from names cross join oncely_attempt as attempt
              on attempt.worker = names.worker and attempt.event_id = $1
-         order by worker",
+         order by 1",
         doing: "search for an event id",
     };
     let rows = db.fetch_all(sql, &[Param::Text(event_id)]).await?;

@@ -46,7 +46,7 @@ async fn failing_since_noon_is_repaired_by_mouse() -> Result<()> {
     shows(&browser, "Needs a person").await?;
     browser.click("Failures").await?;
     shows(&browser, "attempts-exhausted").await?;
-    browser.click("3").await?;
+    browser.click("requested failure of attempt #").await?;
     shows(&browser, "3 dead letters of test").await?;
     browser.click("1").await?;
     shows(&browser, "Recorded calls of attempt 1").await?;
@@ -95,7 +95,7 @@ async fn failing_since_noon_is_repaired_by_keyboard() -> Result<()> {
     };
     follow("Failures").await?;
     shows(&browser, "attempts-exhausted").await?;
-    follow("3").await?;
+    follow("requested failure of attempt #").await?;
     shows(&browser, "3 dead letters of test").await?;
     follow("2").await?;
     shows(&browser, "Dead letter 2").await?;
