@@ -186,12 +186,14 @@ impl Browser {
         Ok(serde_json::from_value(found)?)
     }
 
-    /// The messages of the browser's log since the last call, such as violations of the policy.
+    /// The errors and warnings in the browser's log since the last call, such as violations of the
+    /// policy.
     pub async fn log(&self) -> Result<Vec<String>> {
         let entries = self.post("se/log", json!({ "type": "browser" })).await?;
         let entries = entries.as_array().cloned().unwrap_or_default();
+        let is_problem = |entry: &&Value| entry["level"] == "SEVERE" || entry["level"] == "WARNING";
         let message = |entry: &Value| entry["message"].as_str().unwrap_or_default().to_owned();
-        Ok(entries.iter().map(message).collect())
+        Ok(entries.iter().filter(is_problem).map(message).collect())
     }
 
     /// Saves a picture of the page.
@@ -236,8 +238,8 @@ struct Driver {
 impl Driver {
     fn start(port: u16) -> Result<Self> {
         let script = format!(
-            "set -m; chromedriver --port={port} --log-level=SEVERE & pid=$!; read _; \
-             kill -KILL -- -$pid; wait $pid"
+            "setsid chromedriver --port={port} --log-level=SEVERE & pid=$!; read _; \
+             kill -KILL -$pid; wait $pid"
         );
         let shell = Command::new("sh")
             .args(["-c", &script])

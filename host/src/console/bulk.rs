@@ -245,7 +245,7 @@ fn show(
                         ": "
                         @for (at, (prediction, number)) in sample.iter().enumerate() {
                             @if at > 0 { ", " }
-                            (number) " " (prediction)
+                            (number) " × " (prediction)
                         }
                     }
                 }

@@ -122,7 +122,7 @@ fn top(visitor: &Visitor, section: Option<Section>) -> Markup {
             }
             form.search role="search" action="/search" method="get" {
                 label.hidden for="search" { "Event id, dead letter number or subject" }
-                input #search type="search" name="q" placeholder="Event id, number or subject"
+                input #search type="search" name="q" placeholder="Event, number or subject"
                     maxlength="300" autocomplete="off" spellcheck="false"
                     value=[visitor.query.get("q")];
                 button.quiet type="submit" { "Search" }

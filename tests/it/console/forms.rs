@@ -133,7 +133,11 @@ both!(
             "{}",
             confirm.text
         );
-        assert!(confirm.text.contains("2 would succeed"), "{}", confirm.text);
+        assert!(
+            confirm.text.contains("2 × would succeed"),
+            "{}",
+            confirm.text
+        );
 
         // More than were confirmed are refused.
         let fewer = [("subject", "in.x"), ("count", "1")];
