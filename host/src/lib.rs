@@ -7,6 +7,9 @@
 // The command line: one file per command.
 pub mod cli;
 
+// The console: pages for operators, by the handlers of the control API.
+mod console;
+
 // The control API: JSON over HTTP.
 mod api;
 

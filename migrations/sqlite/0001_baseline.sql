@@ -561,6 +561,23 @@ create table oncely_host_report (
     report     text    not null
 ) strict;
 
+-- The history of a worker: counts and lag of five minutes, for the charts of the console. A ring:
+-- each worker has at most 2016 rows, those of a week. A week later a row is used again. `bucket` is
+-- the number of its five minutes since the Unix epoch.
+create table oncely_worker_history (
+    worker  text    not null,
+    slot    integer not null constraint worker_history_slot check (slot between 0 and 2015),
+    bucket  integer not null
+        constraint worker_history_slot_of_bucket check (slot = bucket % 2016),
+    -- Handled events, failed attempts that are retried, and dead letters.
+    done    integer not null,
+    retries integer not null,
+    dead    integer not null,
+    -- The highest age of the oldest unhandled message, in milliseconds.
+    lag_ms  integer not null,
+    constraint worker_history_pk primary key (worker, slot)
+) strict;
+
 -- A watermark, for the detection of restores. Under load the host inserts a row every two seconds,
 -- then publishes its name. A published name without a row: the database was restored to an earlier
 -- time. An acknowledged row without a message: the broker was.

@@ -36,6 +36,7 @@ mod client;
 mod cloudevents;
 mod compile;
 mod conformance;
+mod console;
 mod crash;
 mod delivery;
 mod deploy;

@@ -1,6 +1,7 @@
 //! Shared test support: real servers on free loopback ports, removed when the test process ends.
 
 pub mod books;
+pub mod browser;
 pub mod compiled;
 pub mod counting;
 pub mod database;

@@ -326,6 +326,12 @@ impl World {
             .context("the host has no control address")
     }
 
+    /// The token of the control API and of the console.
+    pub fn token(&self) -> Result<String> {
+        self.host_file_field("token")
+            .context("the host has no token")
+    }
+
     /// A field of the file in which the host publishes its addresses.
     fn host_file_field(&self, field: &str) -> Result<String> {
         let text = std::fs::read_to_string(self.host_file()).context("read the host file")?;

@@ -36,7 +36,7 @@ const UNKNOWN_TOKEN_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A caller with a valid token.
 #[derive(Debug, Clone)]
-pub(super) struct Caller {
+pub struct Caller {
     pub actor: Actor,
     pub role: Role,
     /// When its token expires.
@@ -54,6 +54,19 @@ pub struct StatedBy {
 }
 
 impl Caller {
+    /// The holder of the host's own token.
+    pub fn host() -> Self {
+        Caller {
+            actor: Actor {
+                name: HOST_ACTOR.to_owned(),
+                token: None,
+                stated_name: None,
+            },
+            role: Role::Admin,
+            expires_at: None,
+        }
+    }
+
     /// The caller with the name that a request states, if it does.
     pub fn stating(mut self, by: &StatedBy) -> Self {
         let stated_name = by.actor.as_deref().and_then(printable_name);
@@ -71,6 +84,20 @@ impl Caller {
     }
 }
 
+impl From<TokenRecord> for Caller {
+    fn from(token: TokenRecord) -> Self {
+        Caller {
+            actor: Actor {
+                name: token.name,
+                token: Some(token.id),
+                stated_name: None,
+            },
+            role: token.role,
+            expires_at: token.expires_at,
+        }
+    }
+}
+
 impl<S: Sync> FromRequestParts<S> for Caller {
     type Rejection = ApiError;
 
@@ -84,7 +111,7 @@ impl<S: Sync> FromRequestParts<S> for Caller {
 }
 
 /// Checks tokens: the host's own one, and the named ones in the database.
-pub(super) struct Authenticator {
+pub struct Authenticator {
     /// SHA-256 of the host's own token.
     host_token: Vec<u8>,
     store: Arc<Store>,
@@ -112,37 +139,41 @@ impl Authenticator {
     ///
     /// # Errors
     /// The database is unavailable, so a named token cannot be checked.
-    async fn caller(
-        &self,
-        token: &str,
-        stated_name: Option<String>,
-    ) -> anyhow::Result<Option<Caller>> {
+    pub async fn caller(&self, token: &str) -> anyhow::Result<Option<Caller>> {
         let sha256 = Sha256::digest(token.as_bytes()).to_vec();
-        let caller = |name: &str, token, role, expires_at| Caller {
-            actor: Actor {
-                name: name.to_owned(),
-                token,
-                stated_name,
-            },
-            role,
-            expires_at,
-        };
         if sha256 == self.host_token {
-            return Ok(Some(caller(HOST_ACTOR, None, Role::Admin, None)));
+            return Ok(Some(Caller::host()));
         }
         if !token.starts_with(TOKEN_PREFIX) {
             return Ok(None);
         }
-        let found = self.find(&sha256).await?;
-        Ok(found.map(|found| caller(&found.name, Some(found.id), found.role, found.expires_at)))
+        let found = self.find(|known| known.get(&sha256)).await?;
+        Ok(found.map(Caller::from))
     }
 
-    /// The active token with this SHA-256. However many requests come, the tokens are read ten
-    /// times per second at most.
-    async fn find(&self, sha256: &[u8]) -> anyhow::Result<Option<TokenRecord>> {
+    /// A caller whose token was checked before, with its role of now; `None` if the token was
+    /// revoked or has expired since.
+    ///
+    /// # Errors
+    /// The database is unavailable, so a named token cannot be checked.
+    pub async fn renewed(&self, caller: Caller) -> anyhow::Result<Option<Caller>> {
+        let Some(id) = caller.actor.token else {
+            return Ok(Some(caller));
+        };
+        let found = self
+            .find(|known| known.values().find(|token| token.id == id))
+            .await?;
+        Ok(found.map(Caller::from))
+    }
+
+    /// An active token. However many requests come, the tokens are read ten times per second at
+    /// most.
+    async fn find(
+        &self,
+        pick: impl Fn(&HashMap<Vec<u8>, TokenRecord>) -> Option<&TokenRecord>,
+    ) -> anyhow::Result<Option<TokenRecord>> {
         let mut known = self.known.lock().await;
-        let is_known = known.tokens.contains_key(sha256);
-        let may_be = match is_known {
+        let may_be = match pick(&known.tokens).is_some() {
             true => TOKENS_KNOWN_FOR,
             false => UNKNOWN_TOKEN_INTERVAL,
         };
@@ -160,7 +191,7 @@ impl Authenticator {
                 .expires_at
                 .is_none_or(|expires_at| expires_at > Timestamp::now())
         };
-        Ok(known.tokens.get(sha256).filter(is_valid).cloned())
+        Ok(pick(&known.tokens).filter(is_valid).cloned())
     }
 }
 
@@ -172,8 +203,9 @@ pub(super) async fn authenticate(
 ) -> Response {
     let token = bearer_token(request.headers());
     let stated_name = stated_name(request.headers());
-    match authenticator.caller(token, stated_name).await {
-        Ok(Some(caller)) => {
+    match authenticator.caller(token).await {
+        Ok(Some(mut caller)) => {
+            caller.actor.stated_name = stated_name;
             request.extensions_mut().insert(caller);
             next.run(request).await
         }
@@ -209,29 +241,36 @@ pub(super) async fn check_role(
         return next.run(request).await;
     }
     let kind = format!("{} /v1{}", needed.method, needed.path);
-    let (role, needed) = (caller.role, needed.role);
-    tracing::warn!(
-        token = caller.actor.name,
-        role = role.as_str(),
-        needed = needed.as_str(),
-        request = kind,
-        "request refused, role too low"
-    );
-    let error = anyhow!(
-        "the token `{}` has the role `{}`, and `{kind}` needs the role `{}`",
-        caller.actor.name,
-        role.as_str(),
-        needed.as_str()
-    );
-    let hint = match needed {
-        Role::Admin => "use the host's own token, see docs/access.md".to_owned(),
-        needed => format!(
-            "the administrator, who has the host's own token, can create one: \
-             oncely token create NAME --role {}",
+    caller.refused(&kind, needed.role).into_response()
+}
+
+impl Caller {
+    /// The refusal of a request that needs a higher role.
+    pub fn refused(&self, request: &str, needed: Role) -> ApiError {
+        let role = self.role;
+        tracing::warn!(
+            token = self.actor.name,
+            role = role.as_str(),
+            needed = needed.as_str(),
+            request,
+            "request refused, role too low"
+        );
+        let error = anyhow!(
+            "the token `{}` has the role `{}`, and `{request}` needs the role `{}`",
+            self.actor.name,
+            role.as_str(),
             needed.as_str()
-        ),
-    };
-    ApiError(StatusCode::FORBIDDEN, error.hint(hint)).into_response()
+        );
+        let hint = match needed {
+            Role::Admin => "use the host's own token, see docs/access.md".to_owned(),
+            needed => format!(
+                "the administrator, who has the host's own token, can create one: \
+             oncely token create NAME --role {}",
+                needed.as_str()
+            ),
+        };
+        ApiError(StatusCode::FORBIDDEN, error.hint(hint))
+    }
 }
 
 fn bearer_token(headers: &HeaderMap) -> &str {

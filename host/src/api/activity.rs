@@ -95,7 +95,7 @@ where
 }
 
 /// The matching activities, newest first.
-pub(super) async fn list(
+pub async fn list(
     State(host): State<Arc<Host>>,
     Query(filter): Query<ActivityFilter>,
 ) -> ApiResult<Vec<ActivityRecord>> {

@@ -36,7 +36,7 @@ const DEAD_LETTERS_MAX: usize = 500;
 /// Maximum number of retries of a transaction at once after conflicts.
 const CONFLICTS_MAX: u32 = 5;
 
-pub(super) async fn find(
+pub async fn find(
     State(host): State<Arc<Host>>,
     Json(filter): Json<DeadLetterFilter>,
 ) -> ApiResult<Vec<DeadLetterSummary>> {
@@ -45,7 +45,7 @@ pub(super) async fn find(
     ))
 }
 
-pub(super) async fn groups(
+pub async fn groups(
     State(host): State<Arc<Host>>,
     Json(filter): Json<DeadLetterFilter>,
 ) -> ApiResult<Vec<DeadLetterGroup>> {
@@ -125,7 +125,7 @@ fn trace_id(traceparent: &str) -> Option<String> {
     (id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| id.to_owned())
 }
 
-pub(super) async fn dead_letter(
+pub async fn dead_letter(
     State(host): State<Arc<Host>>,
     Path(id): Path<i64>,
 ) -> ApiResult<DeadLetter> {
@@ -139,7 +139,7 @@ pub(super) async fn dead_letter(
 }
 
 /// The data for a replay of its last attempt, without the component.
-pub(super) async fn replayable(
+pub async fn replayable(
     State(host): State<Arc<Host>>,
     Path(id): Path<i64>,
 ) -> ApiResult<Option<Replayable>> {
@@ -169,7 +169,7 @@ pub struct RedriveRequest {
 }
 
 /// Redrives dead letters at once. See `api/jobs.rs` for many.
-pub(super) async fn redrive(
+pub async fn redrive(
     State(host): State<Arc<Host>>,
     caller: Caller,
     Json(request): Json<RedriveRequest>,
@@ -217,7 +217,7 @@ pub struct DeadLettersRequest {
     pub ids: Vec<i64>,
 }
 
-pub(super) async fn dry_run(
+pub async fn dry_run(
     State(host): State<Arc<Host>>,
     Json(request): Json<DeadLettersRequest>,
 ) -> ApiResult<Vec<Preview>> {
@@ -225,7 +225,7 @@ pub(super) async fn dry_run(
     Ok(Json(dry_run::preview(&host.services, &request.ids).await?))
 }
 
-pub(super) async fn verify(
+pub async fn verify(
     State(host): State<Arc<Host>>,
     Json(request): Json<DeadLettersRequest>,
 ) -> ApiResult<Verification> {
@@ -256,7 +256,7 @@ pub enum CloseAction {
 }
 
 /// Resolves or drops dead letters.
-pub(super) async fn close(
+pub async fn close(
     State(host): State<Arc<Host>>,
     caller: Caller,
     Json(request): Json<CloseRequest>,
@@ -299,7 +299,7 @@ pub struct EditRequest {
 }
 
 /// Stores a corrected body, which the next redrive sends.
-pub(super) async fn edit(
+pub async fn edit(
     State(host): State<Arc<Host>>,
     caller: Caller,
     Path(id): Path<i64>,

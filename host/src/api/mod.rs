@@ -30,7 +30,7 @@ use crate::runtime::{Host, HostReport, Recovery, RetiredWorker, WorkerReport, Wo
 use crate::store::{DeploymentRecord, StateRecord, StoreError, WalState, WorkerTotals};
 
 mod access;
-mod activity;
+pub mod activity;
 mod audit;
 pub mod dead_letters;
 mod doctor;
@@ -40,8 +40,7 @@ pub mod operate;
 pub mod outbox;
 pub mod tokens;
 
-use access::{Authenticator, Caller};
-pub use access::{STATED_NAME_HEADER, StatedBy};
+pub use access::{Authenticator, Caller, STATED_NAME_HEADER, StatedBy};
 use activity::{on_object, on_worker, recorded};
 
 /// The maximum body of requests other than component uploads, in bytes.
@@ -79,9 +78,11 @@ pub struct ErrorResponse {
     pub hints: Vec<String>,
 }
 
-struct ApiError(StatusCode, anyhow::Error);
+/// A refused request: the status, and the error with its causes and hints.
+pub struct ApiError(pub StatusCode, pub anyhow::Error);
 
-type ApiResult<T> = std::result::Result<Json<T>, ApiError>;
+/// The result of a handler.
+pub type ApiResult<T> = std::result::Result<Json<T>, ApiError>;
 
 impl<E: Into<anyhow::Error>> From<E> for ApiError {
     fn from(error: E) -> Self {
@@ -101,14 +102,19 @@ impl<E: Into<anyhow::Error>> From<E> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let ApiError(status, error) = self;
+        let response = ErrorResponse::from(&self.1);
+        (self.0, Json(response)).into_response()
+    }
+}
+
+impl From<&anyhow::Error> for ErrorResponse {
+    fn from(error: &anyhow::Error) -> Self {
         let mut chain = error.chain().map(ToString::to_string);
-        let response = ErrorResponse {
+        ErrorResponse {
             error: chain.next().unwrap_or_default(),
             causes: chain.collect(),
-            hints: hint::hints(&error).into_iter().map(str::to_owned).collect(),
-        };
-        (status, Json(response)).into_response()
+            hints: hint::hints(error).into_iter().map(str::to_owned).collect(),
+        }
     }
 }
 
@@ -185,11 +191,19 @@ pub struct Status {
 }
 
 async fn status(State(host): State<Arc<Host>>) -> ApiResult<Status> {
+    Ok(Json(Status {
+        totals: host.services.store.totals().await.ok(),
+        ..current_status(&host).await
+    }))
+}
+
+/// The status without the totals, whose cost grows with the inbox.
+pub async fn current_status(host: &Host) -> Status {
     let (not_ready, broken) = match host.readiness().await {
         Ok(broken) => (None, broken),
         Err(why) => (Some(why), Vec::new()),
     };
-    Ok(Json(Status {
+    Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         ready: not_ready.is_none(),
         not_ready,
@@ -201,7 +215,7 @@ async fn status(State(host): State<Arc<Host>>) -> ApiResult<Status> {
         refused_subjects: host.services.relay_state.refused_subjects(),
         wal: host.services.relay_state.wal(),
         is_wal_reader: host.services.relay_state.reads_wal(),
-        totals: host.services.store.totals().await.ok(),
+        totals: None,
         alarms: host
             .services
             .store
@@ -209,7 +223,7 @@ async fn status(State(host): State<Arc<Host>>) -> ApiResult<Status> {
             .await
             .ok()
             .map(|alarms| alarms.into_iter().filter(Alarm::is_raised).collect()),
-    }))
+    }
 }
 
 /// The database of the host, by which migrations are chosen.
@@ -233,7 +247,7 @@ pub struct Deployment {
     pub active: bool,
 }
 
-async fn deployments(
+pub async fn deployments(
     State(host): State<Arc<Host>>,
     Path(worker): Path<String>,
 ) -> ApiResult<Vec<Deployment>> {
@@ -334,7 +348,7 @@ pub struct RollbackRequest {
     pub to: Option<u32>,
 }
 
-async fn rollback(
+pub async fn rollback(
     State(host): State<Arc<Host>>,
     caller: Caller,
     Json(request): Json<RollbackRequest>,
@@ -359,7 +373,7 @@ pub struct RetireRequest {
     pub keep_consumers: bool,
 }
 
-async fn retire(
+pub async fn retire(
     State(host): State<Arc<Host>>,
     caller: Caller,
     Json(request): Json<RetireRequest>,
@@ -385,7 +399,7 @@ pub struct WorkerOnHost {
     pub status: Option<WorkerReport>,
 }
 
-async fn hosts(
+pub async fn hosts(
     State(host): State<Arc<Host>>,
     Path(worker): Path<String>,
 ) -> ApiResult<Vec<WorkerOnHost>> {
@@ -553,7 +567,7 @@ pub struct StateFilter {
     pub limit: u32,
 }
 
-async fn state_list(
+pub async fn state_list(
     State(host): State<Arc<Host>>,
     Path(worker): Path<String>,
     Query(filter): Query<StateFilter>,
@@ -576,7 +590,7 @@ pub struct StateKey {
     pub key: String,
 }
 
-async fn state_get(
+pub async fn state_get(
     State(host): State<Arc<Host>>,
     Path(worker): Path<String>,
     Query(StateKey { key }): Query<StateKey>,

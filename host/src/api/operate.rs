@@ -24,7 +24,7 @@ pub struct PauseRequest {
 }
 
 /// Pauses a worker on all hosts, which apply it within seconds. A paused one keeps its pause.
-pub(super) async fn pause(
+pub async fn pause(
     State(host): State<Arc<Host>>,
     caller: Caller,
     Path(worker): Path<String>,
@@ -52,7 +52,7 @@ pub struct Resumed {
 }
 
 /// Ends the pause of a worker on all hosts, which apply it within seconds.
-pub(super) async fn resume(
+pub async fn resume(
     State(host): State<Arc<Host>>,
     caller: Caller,
     Path(worker): Path<String>,

@@ -17,7 +17,7 @@ use crate::model::hint::WithHint;
 use crate::runtime::Host;
 use crate::store::{OutputFilter, OutputSummary};
 
-pub(super) async fn list(
+pub async fn list(
     State(host): State<Arc<Host>>,
     Query(filter): Query<OutputFilter>,
 ) -> ApiResult<Vec<OutputSummary>> {
@@ -36,10 +36,7 @@ pub struct Output {
     pub stream_sequence: Option<u64>,
 }
 
-pub(super) async fn show(
-    State(host): State<Arc<Host>>,
-    Path(number): Path<i64>,
-) -> ApiResult<Output> {
+pub async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> ApiResult<Output> {
     let Some(record) = host.services.store.output(number).await? else {
         let error =
             anyhow!("there is no output {number}; published outputs are kept for a while only");
@@ -72,7 +69,7 @@ pub struct ParkedOutputsResponse {
 }
 
 /// Makes parked outputs due again.
-pub(super) async fn retry(
+pub async fn retry(
     State(host): State<Arc<Host>>,
     caller: Caller,
     Json(request): Json<ParkedOutputsRequest>,
@@ -90,7 +87,7 @@ pub(super) async fn retry(
 }
 
 /// Drops parked outputs.
-pub(super) async fn drop(
+pub async fn drop(
     State(host): State<Arc<Host>>,
     caller: Caller,
     Json(request): Json<ParkedOutputsRequest>,

@@ -10,6 +10,7 @@ use super::term::{self, Table};
 use crate::audit::{Audit as Report, AuditRequest, Difference, WorkerCounts};
 use crate::model::hint::WithHint as _;
 use crate::model::units;
+use crate::model::visible::visible;
 
 /// Check that each message has one outcome, and each output and dead letter is on its stream.
 ///
@@ -132,7 +133,7 @@ fn show_difference(difference: &Difference) -> Result<()> {
         action,
         ..
     } = difference;
-    let (found, action) = (term::visible(found), term::visible(action));
+    let (found, action) = (visible(found), visible(action));
     let rest = if difference.repaired {
         "repaired".to_owned()
     } else {

@@ -140,6 +140,11 @@ impl Client {
         })
     }
 
+    /// The address of the host, without a slash at the end.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         self.send(self.request(Method::GET, path)).await
     }

@@ -19,6 +19,7 @@ use super::serve::{HostProcess, StopReason, init_logging, listen, listen_for_htt
 use super::signals::Signals;
 use super::term;
 use super::watch::Sources;
+use crate::api::Caller;
 use crate::bus::EmbeddedServer;
 use crate::config::manifest::{FILE_NAME, Manifest};
 use crate::config::{HostConfig, HostFlags};
@@ -323,6 +324,14 @@ async fn deploy_in_process(
 async fn print_addresses(host_process: &HostProcess, config: &HostConfig) -> Result<()> {
     term::data(term::details([
         ("control API", format!("http://{}", host_process.address)),
+        (
+            "console",
+            format!(
+                "http://{}{}",
+                host_process.address,
+                host_process.console.login_path(Caller::host())
+            ),
+        ),
         (
             "requests",
             host_process

@@ -9,6 +9,7 @@ use super::term::{self, Table};
 use crate::config::{HostConfig, HostFlags};
 use crate::doctor::{self, Finding, Level, Report};
 use crate::model::hint;
+use crate::model::visible::visible;
 
 /// Check NATS, the database, this machine and the settings of a host.
 ///
@@ -125,14 +126,14 @@ fn render(finding: &Finding) -> String {
         Level::Advice => "advice",
         Level::Problem => "problem",
     };
-    let (check, found) = (&finding.check, term::visible(&finding.found));
+    let (check, found) = (&finding.check, visible(&finding.found));
     let first = format!("{level:>7}: {check}: {found}");
     match &finding.fix {
         None => first,
         Some(fix) => format!(
             "{first}\n         {}\n         fix: {}",
-            term::visible(&finding.reason),
-            term::visible(fix)
+            visible(&finding.reason),
+            visible(fix)
         ),
     }
 }

@@ -9,6 +9,7 @@ pub mod cargo;
 mod client;
 mod compile;
 mod completions;
+mod console;
 mod deploy;
 mod dev;
 mod dlq;
@@ -16,7 +17,6 @@ mod doctor;
 mod encode;
 pub mod exit;
 mod explain;
-mod json_text;
 mod lock;
 mod log_line;
 mod new;
@@ -75,6 +75,7 @@ enum Command {
     Doctor(Box<doctor::Doctor>),
     Activity(activity::Activity),
     Token(token::Token),
+    Console(console::Console),
     Completions(completions::Completions),
     Schema(schema::Schema),
     Explain(explain::Explain),
@@ -110,6 +111,7 @@ impl Cli {
             Command::Doctor(doctor) => doctor.run().await,
             Command::Activity(activity) => activity.run().await,
             Command::Token(token) => token.run().await,
+            Command::Console(console) => console.run().await,
             Command::Completions(completions) => completions.run(),
             Command::Schema(schema) => schema.run(),
             Command::Explain(explain) => explain.run(),

@@ -10,6 +10,7 @@ use super::term::{self, Table};
 use crate::api::outbox::{Output, ParkedOutputsRequest, ParkedOutputsResponse};
 use crate::model::hint::WithHint;
 use crate::model::units;
+use crate::model::visible::visible;
 use crate::store::{OutputFilter, OutputSummary};
 
 /// How many outputs one request changes.
@@ -227,11 +228,7 @@ fn show(output: &Output) -> Result<()> {
     term::data(term::details(details))?;
     term::data("\nheaders")?;
     for (name, value) in &output.headers {
-        term::data(format!(
-            "  {}: {}",
-            term::visible(name),
-            term::visible(value)
-        ))?;
+        term::data(format!("  {}: {}", visible(name), visible(value)))?;
     }
     let body = base64::engine::general_purpose::STANDARD
         .decode(&output.body)

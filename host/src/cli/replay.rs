@@ -15,6 +15,7 @@ use crate::guest::Step;
 use crate::model::base64_text;
 use crate::model::hint::WithHint;
 use crate::model::units;
+use crate::model::visible::visible;
 
 /// Replay the last failed attempt at a dead letter, without the database and NATS.
 ///
@@ -226,7 +227,7 @@ fn show(line: &ExportLine, attempt: &Replayable, report: &Report, calls: bool) -
         }
     }
     for line in report.logs.lines() {
-        term::data(format!("  | {}", term::visible(line)))?;
+        term::data(format!("  | {}", visible(line)))?;
     }
     if record.warm && report.outcome == ReplayOutcome::Diverged {
         term::warning(
@@ -263,7 +264,7 @@ fn count(number: usize, noun: &str) -> String {
 /// A text on one line, truncated for a terminal.
 fn truncate(text: &str) -> String {
     const SHOWN_MAX: usize = 300;
-    let text = term::visible(text);
+    let text = visible(text);
     match text.char_indices().nth(SHOWN_MAX) {
         Some((end, _)) => format!(
             "{} … ({} bytes)",

@@ -21,6 +21,7 @@ use crate::alarms::WebhookClient;
 use crate::api;
 use crate::bus::Bus;
 use crate::config::{Database, GuestSql, HostConfig, HttpLimits, LogFormat, RelayMode};
+use crate::console::{self, Console};
 use crate::drain::Stop;
 use crate::guest::GuestEngine;
 use crate::http_server::{self, LateRouter};
@@ -41,6 +42,8 @@ pub struct HostProcess {
     pub host: Arc<Host>,
     /// The address of the control API.
     pub address: SocketAddr,
+    /// The pages of the control API.
+    pub console: Arc<Console>,
     /// The address of the ingress, if there is one.
     pub http: Option<SocketAddr>,
     running: HostTasks,
@@ -111,8 +114,10 @@ impl HostProcess {
         };
         let (host, running) = Host::start(store, bus, engine, options).await?;
 
-        // Serve the control API.
-        control_api.set(api::router(Arc::clone(&host), token.reveal()));
+        // Serve the control API and the console.
+        let console = Console::new(Arc::clone(&host), token.reveal(), &config.console_names);
+        let pages = console::router(Arc::clone(&console));
+        control_api.set(api::router(Arc::clone(&host), token.reveal()).merge(pages));
 
         // Serve the ingress.
         let stop_ingress = Stop::new();
@@ -146,6 +151,7 @@ impl HostProcess {
         Ok(HostProcess {
             host,
             address,
+            console,
             http,
             running,
             stop_ingress,

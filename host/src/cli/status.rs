@@ -10,6 +10,7 @@ use crate::model::alarm::Alarm;
 use crate::model::breaker;
 use crate::model::oci::Reference;
 use crate::model::units;
+use crate::model::visible::visible;
 use crate::runtime::WorkerState;
 use crate::store::{Pause, RelayMode, WalState, WorkerTotals};
 
@@ -95,7 +96,7 @@ impl Status {
 }
 
 fn note_pause(worker: &str, pause: &Pause) {
-    let pause = term::visible(&pause.to_string());
+    let pause = visible(&pause.to_string());
     term::note(format!(
         "worker {worker} is {pause}; resume it with: oncely resume {worker}"
     ));

@@ -14,8 +14,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
-use super::json_text;
 use crate::model::hint;
+use crate::model::json_text;
+use crate::model::visible::{visible, visible_text};
 
 /// Prints data: one or more lines on standard output.
 pub fn data(text: impl Display) -> anyhow::Result<()> {
@@ -295,23 +296,6 @@ pub fn render_error(error: &anyhow::Error, color: bool) -> String {
     lines.join("\n")
 }
 
-/// Text with escaped control characters.
-pub fn visible(text: &str) -> String {
-    let escape = |c: char| {
-        if needs_escape(c) {
-            c.escape_default().to_string()
-        } else {
-            c.to_string()
-        }
-    };
-    text.chars().map(escape).collect()
-}
-
-/// Like [`visible`], with line breaks kept.
-pub fn visible_text(text: &str) -> String {
-    text.lines().map(visible).collect::<Vec<_>>().join("\n")
-}
-
 /// Like [`visible`], with line breaks kept and later lines indented.
 fn visible_lines(text: &str) -> String {
     text.trim_end()
@@ -319,12 +303,6 @@ fn visible_lines(text: &str) -> String {
         .map(visible)
         .collect::<Vec<_>>()
         .join("\n       ")
-}
-
-/// Control characters, and those that change the writing direction.
-fn needs_escape(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 #[derive(Clone, Copy)]

@@ -18,6 +18,7 @@ use crate::config::manifest::{Manifest, Worker, WorkerEntry};
 use crate::guest::{Guest, GuestEngine};
 use crate::ingress::TestRequests;
 use crate::model::hint::WithHint;
+use crate::model::visible::visible;
 use crate::store::{PostgresStore, ScratchDatabase, SqliteStore, Store};
 use crate::testing::{
     Case, CaseFile, Effects, Fault, Input, Racer, Runner, Tortured, race, torture,
@@ -452,7 +453,7 @@ fn report(
     term::data(format!("  {verdict:<6}  {name} ({ms:.0} ms)"))?;
     if let Some(lines) = &failure {
         for line in lines.lines() {
-            term::data(format!("          {}", term::visible(line)))?;
+            term::data(format!("          {}", visible(line)))?;
         }
     }
     checked.push(Checked {

@@ -45,7 +45,7 @@ pub const HTTP_ADDRESS: &str = "127.0.0.1:7480";
 
 /// Every setting by its key in the file. Its flag is `--key` with hyphens, its variable is
 /// `ONCELY_KEY`.
-pub(crate) const SETTINGS: [&str; 35] = [
+pub(crate) const SETTINGS: [&str; 36] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -56,6 +56,7 @@ pub(crate) const SETTINGS: [&str; 35] = [
     "take_over",
     "listen",
     "token",
+    "console_names",
     "http",
     "http_caller",
     "http_publish",
@@ -128,6 +129,10 @@ pub struct HostFlags {
     /// folder] [env: ONCELY_TOKEN]
     #[arg(long, value_name = "TOKEN")]
     pub token: Option<String>,
+    /// Serve the console under these host names, too, separated by commas [default: names of this
+    /// machine only] [env: ONCELY_CONSOLE_NAMES]
+    #[arg(long, value_name = "NAMES")]
+    pub console_names: Option<String>,
     /// Serve HTTP requests at this address, or off [default: 127.0.0.1:7480] [env: ONCELY_HTTP]
     #[arg(long, value_name = "ADDRESS")]
     pub http: Option<String>,
@@ -242,6 +247,8 @@ pub struct HostConfig {
     /// The configured token of the control API; if `None`, see
     /// [`HostConfig::load_or_create_token`].
     pub token: Option<Secret>,
+    /// The host names of the console besides those of this machine itself.
+    pub console_names: Vec<String>,
     /// The address for HTTP requests; `None` if they are off.
     pub http: Option<SocketAddr>,
     /// The header that identifies callers, and the subjects that they may publish to.
@@ -392,6 +399,7 @@ impl HostConfig {
                 .transpose()?,
             listen: listen(&sources, token.is_some())?,
             token,
+            console_names: console_names(&sources)?,
             http: http::address(&sources)?,
             admission: http::admission(&sources)?,
             http_limits: http::limits(&sources)?,
@@ -561,6 +569,22 @@ fn relay_slot_max(setting: &Setting) -> anyhow::Result<u64> {
         Ok(most) if most >= 64 << 20 => Ok(most),
         _ => Err(setting.refuse_value("is not a size of 64 MiB or more", "4GiB")),
     }
+}
+
+fn console_names(sources: &Sources<'_>) -> anyhow::Result<Vec<String>> {
+    let Some(setting) = sources.get("console_names") else {
+        return Ok(Vec::new());
+    };
+    let names = setting.value.split(',').map(|name| name.trim().to_owned());
+    let names: Vec<String> = names.collect();
+    let is_name = |name: &String| {
+        let is_part = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
+        !name.is_empty() && name.chars().all(is_part)
+    };
+    if names.iter().all(is_name) {
+        return Ok(names);
+    }
+    Err(setting.refuse_value("is not a host name without a port", "oncely.example.com"))
 }
 
 fn listen(sources: &Sources<'_>, has_token: bool) -> anyhow::Result<SocketAddr> {

@@ -105,6 +105,7 @@ fn flag_values(flags: &HostFlags) -> [(&'static str, &Option<String>); SETTINGS.
         ("take_over", &flags.take_over),
         ("listen", &flags.listen),
         ("token", &flags.token),
+        ("console_names", &flags.console_names),
         ("http", &flags.http),
         ("http_caller", &flags.http_caller),
         ("http_publish", &flags.http_publish),

@@ -283,6 +283,11 @@ impl Alarm {
         self.cleared_at.is_none()
     }
 
+    /// The command or check that shows more about it.
+    pub fn command(&self) -> String {
+        self.kind.hint(&self.worker, self.group.as_ref())
+    }
+
     /// The sort key among the alarms of all workers.
     pub fn key(&self) -> (&str, Kind, &str) {
         (

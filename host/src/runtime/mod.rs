@@ -16,6 +16,7 @@ use crate::store::{DeploymentRecord, Pause};
 mod consistency;
 pub mod deploy;
 mod health_checks;
+mod history;
 mod lease;
 mod pauses;
 pub mod plan_details;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use tokio::sync::{Mutex, Notify};
 
 use super::supervisor::supervise;
-use super::{Host, Retention, consistency, health_checks, lease, redrive_jobs};
+use super::{Host, Retention, consistency, health_checks, history, lease, redrive_jobs};
 use crate::alarms::WebhookClient;
 use crate::alarms::{monitor, webhook};
 use crate::bus::{Bus, LEADER_TIMEOUT};
@@ -268,6 +268,8 @@ impl HostTasks {
             .spawn(health_checks::watch(Arc::clone(host), stopping.clone()));
         self.supervision
             .spawn(redrive_jobs::run(Arc::clone(host), stopping.clone()));
+        self.supervision
+            .spawn(history::watch(Arc::clone(host), stopping.clone()));
         if let Some(webhook) = webhook {
             let (bus, metrics) = (
                 host.services.bus.clone(),

@@ -119,7 +119,8 @@ pub(super) async fn list(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec<D
     Ok(rows::list(&rows, rows::dead_letter_summary))
 }
 
-/// Counts and times of matching dead letters, by group and subject.
+/// Counts and times of matching dead letters, by group, largest first. If the filter has a subject,
+/// all groups by their subject, in any number.
 pub(super) async fn groups(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterGroup>> {
     macro_rules! grouped {
         ($dead_letters:expr, $which:literal, $table:literal) => {
@@ -128,14 +129,17 @@ pub(super) async fn groups(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec
                 $dead_letters,
                 $which,
                 "), grouped as (
-                     select group_id, worker, subject, count(*) as dead_letters, min(died_at) as first,
-                         max(died_at) as last, max(id) as last_dead_letter
-                     from found group by group_id, worker, subject
+                     select group_id, worker, case when $9 then subject else '' end as subject,
+                         count(*) as dead_letters, min(died_at) as first, max(died_at) as last,
+                         max(id) as last_dead_letter
+                     from found group by 1, 2, 3
+                     order by count(*) desc, max(id) limit $10
                  )
                  select grouped.*, dead_letter_group.id, reason, code, shape, place
                  from grouped left join ",
                 $table,
-                " as dead_letter_group on dead_letter_group.id = grouped.group_id"
+                " as dead_letter_group on dead_letter_group.id = grouped.group_id
+                 order by dead_letters desc, last_dead_letter"
             )
         };
     }
@@ -161,7 +165,15 @@ pub(super) async fn groups(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec
         sqlite: matching!(sqlite_summaries, sqlite_fits, "oncely_dead_letter_group"),
         doing: "group dead letters",
     };
-    let rows = db.fetch_all(sql, &params(filter)).await?;
+    let is_by_subject = filter.subject.is_some();
+    let limit = if is_by_subject {
+        i64::MAX
+    } else {
+        filter.limit.into()
+    };
+    let mut params = params(filter).to_vec();
+    params.extend([Param::Bool(is_by_subject), Param::Int(limit)]);
+    let rows = db.fetch_all(sql, &params).await?;
     Ok(rows::list(&rows, rows::dead_letter_group))
 }
 
@@ -195,8 +207,34 @@ pub(super) async fn find(db: &mut Db, id: i64) -> Result<Option<DeadLetterRecord
     Ok(Some(dead_letter))
 }
 
+/// The dead letters with an event id, oldest first.
+pub(super) async fn of_event(
+    db: &mut Db,
+    worker: &str,
+    event_id: &str,
+) -> Result<Vec<DeadLetterSummary>> {
+    let sql = Sql {
+        postgres: concat!(
+            postgres_summaries!("", "worker = $1 and event_id = $2"),
+            " order by id"
+        ),
+        sqlite: concat!(
+            sqlite_summaries!("", "worker = $1 and event_id = $2"),
+            " order by id"
+        ),
+        doing: "find the dead letters of an event",
+    };
+    let params = [Param::Text(worker), Param::Text(event_id)];
+    let rows = db.fetch_all(sql, &params).await?;
+    Ok(rows::list(&rows, rows::dead_letter_summary))
+}
+
 /// All failed attempts at an event, oldest first.
-async fn attempts(db: &mut Db, worker: &str, event_id: &str) -> Result<Vec<AttemptRecord>> {
+pub(super) async fn attempts(
+    db: &mut Db,
+    worker: &str,
+    event_id: &str,
+) -> Result<Vec<AttemptRecord>> {
     let sql = Sql {
         postgres: "select attempt, version, code, error, logs, (extract(epoch from at) * 1000000)::bigint as at
          from oncely.attempt where worker = $1 and event_id = $2 order by attempt",

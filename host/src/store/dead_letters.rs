@@ -1,5 +1,8 @@
 //! Dead letters as operators see them, and the actions on them.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -243,7 +246,7 @@ pub struct DeadLetterGroup {
 }
 
 /// Count and age of a worker's open dead letters.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeadLetterDepth {
     /// The name of the worker.
     pub worker: String,
@@ -258,23 +261,26 @@ pub async fn grouped_dead_letters(
     store: &Store,
     filter: &DeadLetterFilter,
 ) -> Result<Vec<DeadLetterGroup>> {
-    let mut groups: Vec<DeadLetterGroup> = Vec::new();
-    for found in store.dead_letter_groups(filter).await? {
-        if filter
-            .subject
-            .as_ref()
-            .is_some_and(|pattern| !subject::matches(pattern, &found.subject))
-        {
+    let found = store.dead_letter_groups(filter).await?;
+    let Some(pattern) = &filter.subject else {
+        return Ok(found);
+    };
+
+    // Merge the groups of all subjects that match.
+    let mut merged: HashMap<(String, Option<String>), DeadLetterGroup> = HashMap::new();
+    for found in found {
+        if !subject::matches(pattern, &found.subject) {
             continue;
         }
-        let same = |group: &&mut DeadLetterGroup| {
-            group.group == found.group && group.worker == found.worker
-        };
-        match groups.iter_mut().find(same) {
-            Some(group) => group.add(&found),
-            None => groups.push(found),
+        let id = found.group.as_ref().map(|group| group.id.clone());
+        match merged.entry((found.worker.clone(), id)) {
+            Entry::Occupied(mut group) => group.get_mut().add(&found),
+            Entry::Vacant(free) => {
+                free.insert(found);
+            }
         }
     }
+    let mut groups: Vec<DeadLetterGroup> = merged.into_values().collect();
     groups.sort_by_key(|group| {
         (
             std::cmp::Reverse(group.dead_letters),

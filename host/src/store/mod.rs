@@ -35,7 +35,9 @@ mod dead_lettering;
 mod dead_letters;
 mod deployments;
 mod error;
+mod events;
 mod guest_statement;
+mod history;
 mod inbox;
 pub mod inspection;
 mod instance;
@@ -72,6 +74,8 @@ pub use dead_letters::{
 };
 pub(crate) use error::{BrokenStatement, is_busy};
 pub use error::{Result, StoreError};
+pub use events::{EVENT_OUTPUTS_MAX, EventRecord, InboxRecord};
+pub use history::{HISTORY_BUCKET_SECS, HISTORY_BUCKETS, HistoryCounts, HistoryPoint};
 pub use instance::{HOST_LEASE, LEASE_SAFE_FOR, RENEW_INTERVAL, RENEW_TIMEOUT, TakenOver};
 pub use pauses::Pause;
 pub use postgres::{PostgresStore, ScratchDatabase};
@@ -82,7 +86,7 @@ pub use records::{
     Unpublished, WorkerTotals,
 };
 pub use redrive_jobs::{JobAction, JobItem, JobState, NewJobItem, NewRedriveJob, RedriveJob};
-pub use requests::{ClaimedRequest, KeptResponse};
+pub use requests::{ClaimedRequest, KeptResponse, RequestRecord};
 pub use skips::Skipped;
 pub use sqlite::SqliteStore;
 pub use tokens::{ActiveToken, TokenRecord};
@@ -603,6 +607,27 @@ impl Store {
         Ok(found)
     }
 
+    /// Adds counts of this host's workers to their history. A crash of PostgreSQL may lose them.
+    pub async fn add_history(&self, counts: &[HistoryCounts]) -> Result<()> {
+        let mut db = self.write_async().await?;
+        history::add(&mut db, counts).await?;
+        db.commit().await
+    }
+
+    /// The history of a worker, or of all workers by name, over the last `buckets` times of five
+    /// minutes, `step` of them added up for each point, oldest first.
+    pub async fn history(
+        &self,
+        worker: Option<&str>,
+        buckets: u32,
+        step: u32,
+    ) -> Result<Vec<HistoryPoint>> {
+        let mut db = self.read().await?;
+        let found = history::read(&mut db, worker, buckets, step).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
     /// Activates an earlier deployment; `None` if there is no such version.
     pub async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
         let mut db = self.write().await?;
@@ -660,6 +685,36 @@ impl Store {
     ) -> Result<Vec<DeadLetterGroup>> {
         let mut db = self.read().await?;
         let found = dead_letter_queries::groups(&mut db, filter).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// All rows of an event of a worker.
+    pub async fn event(&self, worker: &str, event_id: &str) -> Result<EventRecord> {
+        let mut db = self.read().await?;
+        let found = events::find(&mut db, worker, event_id).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// The answered requests with an idempotency key on a worker's route, of all callers, newest
+    /// first.
+    pub async fn answered_requests(
+        &self,
+        worker: &str,
+        route: &str,
+        key: &str,
+    ) -> Result<Vec<RequestRecord>> {
+        let mut db = self.read().await?;
+        let found = requests::find(&mut db, worker, route, key).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// The workers that know an event id, by name.
+    pub async fn workers_with_event(&self, event_id: &str) -> Result<Vec<String>> {
+        let mut db = self.read().await?;
+        let found = events::workers_with(&mut db, event_id).await?;
         db.commit().await?;
         Ok(found)
     }

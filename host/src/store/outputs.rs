@@ -211,6 +211,27 @@ pub(super) async fn find(db: &mut Db, number: i64) -> Result<Option<OutputRecord
     row.as_ref().map(rows::output).transpose()
 }
 
+/// At most `limit` outputs of an event, in the order of writing, dropped ones included.
+pub(super) async fn of_event(
+    db: &mut Db,
+    worker: &str,
+    event_id: &str,
+    limit: u32,
+) -> Result<Vec<OutputRecord>> {
+    let sql = Sql {
+        postgres: postgres_summaries!("where worker = $1 and event_id = $2 order by seq limit $3"),
+        sqlite: sqlite_summaries!("where worker = $1 and event_id = $2 order by seq limit $3"),
+        doing: "find the outputs of an event",
+    };
+    let params = [
+        Param::Text(worker),
+        Param::Text(event_id),
+        Param::Int(limit.into()),
+    ];
+    let rows = db.fetch_all(sql, &params).await?;
+    Ok(rows::list(&rows, rows::output))
+}
+
 /// Makes parked outputs due. Returns their number.
 pub(super) async fn retry(db: &mut Db, numbers: &[i64]) -> Result<u64> {
     let sql = Sql {

@@ -11,9 +11,9 @@ use sqlx::{Decode, Row, Type};
 
 use super::{
     AttemptRecord, AuditRecord, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
-    DeadLetterState, DeadLetterSummary, DeploymentRecord, EditRecord, OutboxLag, OutboxRow,
-    OutputRecord, OutputSummary, PublishedOutput, Result, StateRecord, StateSlot, StoreError,
-    Unpublished, WorkerTotals, shared,
+    DeadLetterState, DeadLetterSummary, DeploymentRecord, EditRecord, HistoryPoint, InboxRecord,
+    OutboxLag, OutboxRow, OutputRecord, OutputSummary, PublishedOutput, RequestRecord, Result,
+    StateRecord, StateSlot, StoreError, Unpublished, WorkerTotals, shared,
 };
 use crate::model::alarm::{Alarm, AlarmUpdate, Kind, Notice};
 use crate::model::message::{Message, Origin, Redriven};
@@ -266,6 +266,52 @@ pub(super) fn dead_letter_audit(row: &impl Columns) -> Result<AuditRecord> {
             note: row.get("note")?,
         })
     })
+}
+
+pub(super) fn inbox(row: &impl Columns) -> Result<InboxRecord> {
+    read("an inbox record", || {
+        Ok(InboxRecord {
+            state: row.text("state")?,
+            settled_at: row.time("settled_at")?,
+            payload_sha256: hex::encode(row.bytes("payload_sha256")?),
+            stream: row.get("stream")?,
+            stream_sequence: row.optional_number("stream_sequence")?,
+        })
+    })
+}
+
+/// An answered request. The status is a 32-bit column on PostgreSQL.
+pub(super) fn request(row: &impl Columns) -> Result<RequestRecord> {
+    let (status, headers, body) = read("a stored response", || {
+        let status: i32 = row.get("status")?;
+        Ok((status, row.text("headers")?, row.bytes("body")?))
+    })?;
+    let response = shared::stored_response(status.into(), &headers, body)?;
+    read("an answered request", || {
+        Ok(RequestRecord {
+            caller: row.get("caller")?,
+            answered_at: row.time("answered_at")?,
+            expires_at: row.time("expires_at")?,
+            response,
+        })
+    })
+}
+
+pub(super) fn history_point(row: &impl Columns) -> Result<HistoryPoint> {
+    read("the history of a worker", || {
+        Ok(HistoryPoint {
+            worker: row.get("worker")?,
+            at: row.time("at")?,
+            done: row.number("done")?,
+            retries: row.number("retries")?,
+            dead: row.number("dead")?,
+            lag_ms: row.number("lag_ms")?,
+        })
+    })
+}
+
+pub(super) fn worker_name(row: &impl Columns) -> Result<String> {
+    read("the name of a worker", || Ok(row.text("worker")?))
 }
 
 /// The state of an inbox row, with the time of the commit.

@@ -14,6 +14,7 @@ use crate::cli::client::Client;
 use crate::cli::term::{self, Progress, Table};
 use crate::dlq::dry_run::{Prediction, Preview, StateValue};
 use crate::model::hint::WithHint;
+use crate::model::visible::visible;
 use crate::store::{DeadLetterSummary, RowChange};
 
 /// How many dead letters one request for a dry run covers.
@@ -119,7 +120,7 @@ fn show_one(preview: &Preview) -> Result<()> {
             .changes
             .omitted
             .iter()
-            .map(|item| format!("  {}", term::visible(item))),
+            .map(|item| format!("  {}", visible(item))),
     )?;
     section(
         "state",
@@ -138,7 +139,7 @@ fn show_one(preview: &Preview) -> Result<()> {
             let body = String::from_utf8_lossy(&body).into_owned();
             format!(
                 "  {}",
-                term::visible(&format!("{} to {}: {body}", output.id, output.subject))
+                visible(&format!("{} to {}: {body}", output.id, output.subject))
             )
         }),
     )?;
@@ -147,7 +148,7 @@ fn show_one(preview: &Preview) -> Result<()> {
         preview
             .logs
             .lines()
-            .map(|line| format!("  | {}", term::visible(line))),
+            .map(|line| format!("  | {}", visible(line))),
     )
 }
 
@@ -178,7 +179,7 @@ fn diff_line(name: &str, before: Option<String>, after: Option<String>) -> Strin
         (Some(before), Some(after)) => format!("~ {name} {before} -> {after}"),
         (None, None) => format!("~ {name}"),
     };
-    format!("  {}", term::visible(&text))
+    format!("  {}", visible(&text))
 }
 
 fn value(value: &StateValue) -> String {

@@ -7,8 +7,10 @@ use clap::{Args, ValueEnum};
 
 use crate::api::dead_letters::DeadLetter;
 use crate::cli::client::{Client, HostArgs};
-use crate::cli::{json_text, term};
+use crate::cli::term;
+use crate::model::json_text;
 use crate::model::units;
+use crate::model::visible::{visible, visible_text};
 
 /// Show one dead letter: its failure history, headers, body and outputs.
 #[derive(Debug, Args)]
@@ -54,11 +56,7 @@ impl Show {
         show_history(&dead_letter)?;
         term::data("\nheaders")?;
         for (name, value) in &dead_letter.headers {
-            term::data(format!(
-                "  {}: {}",
-                term::visible(name),
-                term::visible(value)
-            ))?;
+            term::data(format!("  {}: {}", visible(name), visible(value)))?;
         }
         show_body("body", &decoded(&dead_letter.body), self.format)?;
         for edit in &dead_letter.edits {
@@ -69,7 +67,7 @@ impl Show {
                 edit.note
             );
             show_body(
-                &format!("corrected {}", term::visible(&by)),
+                &format!("corrected {}", visible(&by)),
                 &decoded(&edit.body),
                 self.format,
             )?;
@@ -145,12 +143,12 @@ fn show_history(dead_letter: &DeadLetter) -> Result<()> {
             attempt.attempt,
             units::format_time(attempt.at),
             attempt.version,
-            term::visible(&attempt.error)
+            visible(&attempt.error)
         );
         let logs = attempt
             .logs
             .lines()
-            .map(|line| format!("\n  | {}", term::visible(line)));
+            .map(|line| format!("\n  | {}", visible(line)));
         (
             attempt.at,
             std::iter::once(head).chain(logs).collect::<String>(),
@@ -173,7 +171,7 @@ fn show_history(dead_letter: &DeadLetter) -> Result<()> {
             units::format_time(entry.at),
             entry.actor
         );
-        (entry.at, term::visible(&line))
+        (entry.at, visible(&line))
     });
     let mut history: Vec<_> = attempts.chain(audit).collect();
     history.sort_by_key(|(at, _)| *at);
@@ -185,7 +183,7 @@ fn show_history(dead_letter: &DeadLetter) -> Result<()> {
 fn show_body(title: &str, body: &[u8], format: Option<Format>) -> Result<()> {
     term::data(format!("\n{title} ({} bytes)", body.len()))?;
     term::data(match format {
-        Some(Format::Text) => term::visible_text(&String::from_utf8_lossy(body)),
+        Some(Format::Text) => visible_text(&String::from_utf8_lossy(body)),
         Some(Format::Hex) => body
             .chunks(16)
             .map(hex::encode_upper)
@@ -193,7 +191,7 @@ fn show_body(title: &str, body: &[u8], format: Option<Format>) -> Result<()> {
             .join("\n"),
         Some(Format::Json) => {
             let text = json_text::indented(body).context("the body is not JSON")?;
-            term::visible_text(&text)
+            visible_text(&text)
         }
         None => term::readable(body),
     })
