@@ -285,7 +285,7 @@ fn every_document_in_a_message_exists() -> Result<()> {
 #[test]
 fn commands_that_do_not_exist_are_noticed() {
     for command in [
-        "oncely pause NAME",
+        "oncely purge NAME",
         "oncely dlq redrive ID --now",
         "oncely outbox list shows",
         "oncely dlq new",

@@ -424,3 +424,52 @@ async fn a_pause_applies_to_all_hosts() -> Result<()> {
     assert_eq!((books.effects.len(), books.outputs), (320, 320));
     Ok(())
 }
+
+/// The host is killed while messages are skipped. The command is repeated through another host.
+/// Each message is in exactly one record.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_interrupted_skip_is_repeated_without_a_gap_in_the_record() -> Result<()> {
+    let world = World::without_host(Kind::Postgres, &manifest(QUICK_RETRIES)?).await?;
+    let one = RunningHost::start(&world, "skip-one").await?;
+    let path = world.folder.path().join("oncely.toml");
+    one.oncely(&["deploy", &path.display().to_string()])?;
+    one.oncely(&["pause", "test"])?;
+    world.nats.publish_all(inserts(0, 3_500)).await?;
+
+    // Killed after the first of its transactions.
+    let mut client = std::process::Command::new(support::guests::oncely()?)
+        .args(["skip", "test", "--to", "3400", "--yes"])
+        .current_dir(one.folder())
+        .env_remove("ONCELY_HOST")
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()?;
+    world.until_at_least(INBOX, 1).await?;
+    drop(one);
+    let _ = client.wait();
+    let two = RunningHost::start(&world, "skip-two").await?;
+    two.oncely(&["skip", "test", "--to", "3400", "--yes"])?;
+    two.oncely(&["resume", "test"])?;
+    let done = "select count(*) from oncely.inbox where state = 'done'";
+    world.until(done, 100).await?;
+    world.quiet(3_500).await?;
+    assert_eq!(books::check(&world).await?.effects.len(), 100);
+
+    // The records together name each skipped sequence once.
+    let records: Value = serde_json::from_str(
+        &two.oncely(&["activity", "--verb", "skip", "--limit", "1000", "--json"])?,
+    )?;
+    let ranges = records
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|record| record.pointer("/result/sequences")?.as_array())
+        .flatten();
+    let mut sequences: Vec<u64> = ranges
+        .filter_map(|range| Some(range.get(0)?.as_u64()?..=range.get(1)?.as_u64()?))
+        .flatten()
+        .collect();
+    sequences.sort_unstable();
+    assert_eq!(sequences, (1..=3_400).collect::<Vec<_>>());
+    Ok(())
+}

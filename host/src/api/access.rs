@@ -262,12 +262,15 @@ impl Caller {
             needed.as_str()
         );
         let hint = match needed {
-            Role::Admin => "use the host's own token, see docs/access.md".to_owned(),
-            needed => format!(
+            Role::Deploy => {
                 "the administrator, who has the host's own token, can create one: \
-             oncely token create NAME --role {}",
-                needed.as_str()
-            ),
+                 oncely token create NAME --role deploy"
+            }
+            Role::View | Role::Operate => {
+                "the administrator, who has the host's own token, can create one: \
+                 oncely token create NAME --role operate"
+            }
+            Role::Admin => "use the host's own token, see docs/access.md",
         };
         ApiError(StatusCode::FORBIDDEN, error.hint(hint))
     }
