@@ -17,6 +17,8 @@ use support::nats::NewMessage;
 use support::postgres::Cluster;
 use support::world::{QUICK_RETRIES, World, manifest};
 
+use crate::relay_modes::RelayMode;
+
 /// The report of an audit, with its exit code.
 struct Report {
     exit: Option<i32>,
@@ -160,6 +162,41 @@ both!(
         Ok(())
     }
 );
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn outputs_of_the_wal_are_audited_and_repaired() -> Result<()> {
+    let mode = RelayMode::Wal;
+    let mut world = mode.world(QUICK_RETRIES).await?;
+    mode.start(&mut world).await?;
+    shorten_windows(&world).await?;
+    let mut messages: Vec<NewMessage> = (0..50).map(NewMessage::insert).collect();
+    messages.push(message("bad", "reject"));
+    world.nats.publish_all(messages).await?;
+    world.quiet(51).await?;
+    let report = settled(&world, 51, 1).await?;
+    ensure!(report.total() == 0, "{}", report.json);
+    let (published, found) = (
+        report.count("outputs", "published"),
+        report.count("outputs", "found"),
+    );
+    ensure!(published == found && found >= 51, "{}", report.json);
+
+    // The id of an output is changed.
+    world
+        .database
+        .execute("update oncely.outbox set id = 'another' where event_id = 'e7'")
+        .await?;
+    let repaired = audit(&world, &["--repair"]).await?;
+    assert_eq!(repaired.total(), 1, "{}", repaired.json);
+    assert_eq!(repaired.exit, Some(0));
+    world
+        .eventually("the output is on the stream", || async {
+            let report = audit(&world, &[]).await?;
+            let outputs = report.count("outputs", "found");
+            Ok((report.total() == 0 && outputs == published).then_some(()))
+        })
+        .await
+}
 
 /// A world in which twenty events are done and three are dead.
 async fn small_world(kind: Kind) -> Result<(World, jetstream::Context)> {

@@ -15,6 +15,8 @@ use support::nats::NatsServer;
 use support::postgres::Cluster;
 use support::world::{World, manifest};
 
+use crate::relay_modes::RelayMode;
+
 /// The findings of a run, by check and level.
 struct Findings {
     exit: Option<i32>,
@@ -236,6 +238,33 @@ async fn faults_of_a_postgres_server_are_found() -> Result<()> {
     found.require("problem", "postgres-wal", "wal_level = replica")?;
     found.require("advice", "host-settings", "keep_outputs differs: 15m")?;
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_slot_of_the_relay_is_checked_in_wal_mode() -> Result<()> {
+    let mode = RelayMode::Wal;
+    let mut world = mode.world("").await?;
+    let cluster = Cluster::start_with(HEALTHY)?;
+    world.database = Database::on(&cluster).await?;
+    mode.start(&mut world).await?;
+    let found = doctor(world.folder.path(), &[]).await?;
+    ensure!(
+        problems_besides_disk(&found).is_empty(),
+        "{:?}",
+        found.at("problem")
+    );
+    found.require(
+        "ok",
+        "postgres-wal",
+        "relay mode is wal, and its requirements are met",
+    )?;
+    found.require("ok", "postgres-slots", "1 replication slots")?;
+
+    // Without a host nothing reads the slot.
+    world.stop_host().await?;
+    let (url, nats) = (world.database.url(), world.nats.url());
+    let found = doctor(world.folder.path(), &direct(&url, &nats)).await?;
+    found.require("advice", "postgres-slots", "is inactive")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -228,3 +228,35 @@ fn mark(differences: &mut [Difference], kind: Kind, is_meant: impl Fn(&Differenc
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_is_no_longer_than_the_rows_are_kept() {
+        let now: Timestamp = "2026-01-31T12:00:00Z".parse().unwrap();
+        let ago = |minutes| now - SignedDuration::from_mins(minutes);
+        let mut findings = Findings::default();
+        let kept = Some(Duration::from_secs(15 * 60));
+        assert_eq!(window(ago(60), None, "rows", now, &mut findings), ago(60));
+        assert_eq!(window(ago(10), kept, "rows", now, &mut findings), ago(10));
+        assert!(findings.notes.is_empty());
+
+        // Rows at the edge may be deleted meanwhile.
+        assert_eq!(window(ago(60), kept, "rows", now, &mut findings), ago(14));
+        assert_eq!(findings.notes.len(), 1);
+        let kept = Some(Duration::from_secs(1));
+        assert_eq!(window(ago(60), kept, "rows", now, &mut findings), now);
+    }
+
+    #[test]
+    fn a_report_lists_the_first_differences_and_counts_all() {
+        let mut findings = Findings::default();
+        for n in 0..LISTED_MAX + 5 {
+            findings.add(Kind::OutputLost.found(n.to_string()));
+        }
+        assert_eq!(findings.differences.len(), LISTED_MAX);
+        assert_eq!(findings.total, LISTED_MAX as u64 + 5);
+    }
+}
