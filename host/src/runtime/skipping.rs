@@ -169,11 +169,17 @@ impl Host {
             .hint(format!("oncely skip {} --all --dry-run", worker.name));
         }
 
-        // Read the messages, and settle them in one transaction.
+        // Read the messages, and settle them in one transaction. Everything up to the ack floor is
+        // settled, although its rows may have left the inbox.
+        let probe = self
+            .services
+            .bus
+            .probe(&name, &worker.subjects, &worker.durable());
+        let floor = probe.ack_floor().await?.map_or(0, |floor| floor.sequence);
         let range = StreamRange {
             stream: name,
             subjects: worker.subjects.clone(),
-            from: from.max(plan.from),
+            from: from.max(floor.saturating_add(1)),
             to: plan.to,
         };
         let mut messages: Vec<Claim> = Vec::new();
