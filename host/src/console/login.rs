@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use anyhow::anyhow;
 use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, Uri, header};
@@ -15,7 +16,8 @@ use super::fields::Fields;
 use super::guard::{bearer_token, session_cookie, session_id};
 use super::identity::{Flash, Identity, SESSION_LIFETIME};
 use super::page::Page;
-use super::problem::Problem;
+use crate::api::{ApiError, ApiResult};
+use crate::model::hint::WithHint as _;
 
 /// The form. With a valid code it logs in at once.
 pub async fn form(State(console): State<Arc<Console>>, headers: HeaderMap, uri: Uri) -> Response {
@@ -61,17 +63,12 @@ pub struct LoginLink {
 }
 
 /// A link for the holder of a token, who may not want to type it.
-pub async fn link(
-    State(console): State<Arc<Console>>,
-    headers: HeaderMap,
-) -> Result<Json<LoginLink>, Problem> {
+pub async fn link(State(console): State<Arc<Console>>, headers: HeaderMap) -> ApiResult<LoginLink> {
     let Some(identity) = bearer_token(&headers).and_then(|token| console.tokens.identify(token))
     else {
-        return Err(Problem::refused(
-            StatusCode::UNAUTHORIZED,
-            "the token is missing or wrong",
-            "pass the host's token with --token or ONCELY_TOKEN",
-        ));
+        let error = anyhow!("the token is missing or wrong")
+            .hint("pass the host's token with --token or ONCELY_TOKEN");
+        return Err(ApiError(StatusCode::UNAUTHORIZED, error));
     };
     let url = console.login_path(identity);
     Ok(Json(LoginLink { url }))
