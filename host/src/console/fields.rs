@@ -55,7 +55,7 @@ impl Fields {
         if self.0.is_empty() {
             return String::new();
         }
-        let mut query = form_urlencoded::Serializer::new("?".to_owned());
+        let mut query = form_urlencoded::Serializer::for_suffix("?".to_owned(), 1);
         query.extend_pairs(&self.0);
         query.finish()
     }
