@@ -268,6 +268,12 @@ async fn no_page_is_shown_without_a_login() -> Result<()> {
         );
     }
 
+    // Addresses below /v1 are those of the API.
+    let unknown = http
+        .get(format!("{base}/v1/nothing"))
+        .bearer_auth(world.token()?);
+    assert_eq!(Page::of(unknown).await?.status, StatusCode::NOT_FOUND);
+
     // The token reads JSON, and sends no forms.
     let token = world.token()?;
     let json = http.get(format!("{base}/workers")).bearer_auth(&token);
@@ -457,12 +463,14 @@ async fn forms_of_other_sites_and_other_host_names_are_refused() -> Result<()> {
     let page = Page::of(forged.post("/workers/test/retire", &name)).await?;
     assert_eq!(page.status, StatusCode::FORBIDDEN);
     let text = visit
-        .post("/workers/test/retire", &name)
-        .header("content-type", "text/plain");
-    assert_eq!(
-        Page::of(text).await?.status,
-        StatusCode::UNSUPPORTED_MEDIA_TYPE
-    );
+        .http
+        .post(format!("{}/workers/test/retire", visit.base))
+        .header("cookie", &visit.cookie)
+        .header("origin", &visit.base)
+        .header("content-type", "text/plain")
+        .body(form_of(&[("csrf", &visit.csrf), ("name", "test")]));
+    let page = Page::of(text).await?;
+    assert_eq!(page.status, StatusCode::UNSUPPORTED_MEDIA_TYPE);
 
     // A name that was bound to this address again
     for host in ["evil.example", "127.0.0.1.evil.example:80"] {

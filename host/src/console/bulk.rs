@@ -9,7 +9,7 @@ use axum::http::StatusCode;
 use maud::{Markup, html};
 
 use super::dead_letter::attribution_fields;
-use super::failures::{filter, filter_of_form, list, options, selection};
+use super::failures::{filter_of_form, list, options, selection};
 use super::fields::Fields;
 use super::page::Section;
 use super::parts::{command, counted};
@@ -70,8 +70,7 @@ pub async fn confirm(
     Path(action): Path<Action>,
     visitor: Visitor,
 ) -> Answer {
-    let filter = filter(&visitor.query).unwrap_or_default();
-    let selected = select(&console, filter).await?;
+    let selected = select(&console, filter_of_form(&visitor.query)?).await?;
     let sample = match action {
         Action::Redrive => Some(dry_run(&console, &selected).await?),
         Action::Resolve | Action::Drop => None,
@@ -277,7 +276,7 @@ fn show(
             h2 { @if shown.len() < selected.len() { "The first " (shown.len()) } @else { "Dead letters" } }
             (list(shown))
             p.caption { "The same in a terminal" }
-            (command(&format!("oncely dlq {name}{options}")))
+            (command(&(["oncely dlq", name].join(" ") + &options)))
         }
     }
 }

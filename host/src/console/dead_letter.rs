@@ -212,8 +212,25 @@ fn page(visitor: &Visitor, view: &View) -> Markup {
         @if let Some(recording) = &view.recording { (calls(id, recording)) }
         (history(dead_letter))
         @if is_unresolved(summary) { (close_form(visitor, id)) }
+        (terminal(summary))
+    }
+}
+
+/// The commands that do the same, and those that only a terminal has.
+fn terminal(summary: &DeadLetterSummary) -> Markup {
+    let id = summary.id;
+    html! {
         p.caption { "The same in a terminal" }
         (command(&format!("oncely dlq show {id}")))
+        p.caption { "All of it in a file, with the data for a replay" }
+        (command(&format!("oncely dlq export {id} --out dead-letter-{id}.jsonl")))
+        @if matches!(
+            summary.state,
+            DeadLetterState::Redriven | DeadLetterState::Resolved | DeadLetterState::Dropped
+        ) {
+            p.caption { "Redrive it although it is closed or in progress" }
+            (command(&format!("oncely dlq redrive {id} --force")))
+        }
     }
 }
 

@@ -270,7 +270,7 @@ fn page(visitor: &Visitor, id: i64, current: &[u8], draft: &Draft) -> Markup {
         h1 { (title(id)) }
         @if current.len() > EDITED_MAX {
             p { "The body is too large for a form. Correct it in a terminal:" }
-            (command(&format!("oncely dlq show {id} --raw > body")))
+            (command(&(format!("oncely dlq show {id} --raw") + " > body")))
             (command(&format!("oncely dlq edit {id} --body body --note NOTE")))
         } @else {
             @if let Some(diff) = &draft.diff { (diff.show()) }

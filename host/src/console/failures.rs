@@ -171,7 +171,7 @@ fn show(view: &Failures, query: &Fields, has_more_groups: bool) -> Markup {
                 (pages(view, query))
             }
             p.caption { "The same in a terminal" }
-            (command(&format!("oncely dlq list --groups{}", options(query))))
+            (command(&(String::from("oncely dlq list --groups") + &options(query))))
         }
     }
 }

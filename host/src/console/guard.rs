@@ -35,6 +35,10 @@ const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; style-src 'self'; img
 
 /// Admits a request, runs its page, shows its error, and adds the headers.
 pub async fn guard(State(console): State<Arc<Console>>, request: Request, next: Next) -> Response {
+    // Programs get the status, not the login.
+    if request.uri().path().starts_with("/v1/") {
+        return StatusCode::NOT_FOUND.into_response();
+    }
     let is_json = wants_json(request.headers());
     let mut response = match admit(&console, request).await {
         Ok(request) => {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use anyhow::anyhow;
 use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, Uri, header};
@@ -15,8 +16,8 @@ use super::fields::Fields;
 use super::guard::{bearer_token, identify, session_cookie, session_id};
 use super::identity::{Flash, SESSION_LIFETIME};
 use super::page::Page;
-use super::problem::Problem;
-use crate::api::Caller;
+use crate::api::{ApiError, ApiResult, Caller};
+use crate::model::hint::WithHint as _;
 
 /// The form. With a valid code it logs in at once.
 pub async fn form(State(console): State<Arc<Console>>, headers: HeaderMap, uri: Uri) -> Response {
@@ -60,17 +61,12 @@ pub struct LoginLink {
 }
 
 /// A link for the holder of a token, who may not want to type it.
-pub async fn link(
-    State(console): State<Arc<Console>>,
-    headers: HeaderMap,
-) -> Result<Json<LoginLink>, Problem> {
+pub async fn link(State(console): State<Arc<Console>>, headers: HeaderMap) -> ApiResult<LoginLink> {
     let token = bearer_token(&headers).unwrap_or_default();
-    let Some(caller) = identify(&console, token).await? else {
-        return Err(Problem::refused(
-            StatusCode::UNAUTHORIZED,
-            "the token is missing or wrong",
-            "pass the host's token with --token or ONCELY_TOKEN",
-        ));
+    let Some(caller) = console.authenticator.caller(token).await? else {
+        let error = anyhow!("the token is missing or wrong")
+            .hint("pass a token with --token or ONCELY_TOKEN");
+        return Err(ApiError(StatusCode::UNAUTHORIZED, error));
     };
     let url = console.login_path(caller);
     Ok(Json(LoginLink { url }))

@@ -44,6 +44,7 @@ mod workers;
 
 use identity::Sessions;
 pub use login::LoginLink;
+use problem::Problem;
 
 /// The console of one host.
 pub struct Console {
@@ -116,6 +117,7 @@ pub fn router(console: Arc<Console>) -> Router {
         .route("/activity", get(activity::list))
         .route(page::STYLESHEET, get(page::stylesheet))
         .route(page::ICON, get(page::icon))
+        .fallback(missing)
         .layer(middleware::from_fn_with_state(
             Arc::clone(&console),
             guard::guard,
@@ -123,6 +125,11 @@ pub fn router(console: Arc<Console>) -> Router {
         // The command has the token of the API, and no session.
         .route("/v1/console/login-links", post(login::link))
         .with_state(console)
+}
+
+/// An address without a page.
+async fn missing() -> Problem {
+    Problem::not_found("there is no such page".to_owned(), "use the navigation")
 }
 
 /// The host as the handlers of the API receive it.

@@ -85,7 +85,7 @@ fn page(view: &View) -> Markup {
             }
         }
         p.caption { "The same in a terminal" }
-        (command(&format!("oncely outbox list{option}")))
+        (command(&(String::from("oncely outbox list") + option)))
     }
 }
 

@@ -48,7 +48,7 @@ macro_rules! sqlite_summaries {
     };
 }
 
-/// The conditions of a filter, except for subjects; see [`params`].
+/// The conditions of a filter, except for subjects with wildcards; see [`params`].
 macro_rules! postgres_fits {
     () => {
         "($1::text is null or worker = $1) and ($2::text is null or reason = $2)
@@ -56,7 +56,8 @@ macro_rules! postgres_fits {
          and ($5::bigint is null or id < $5)
          and ($6::bigint is null or died_at >= timestamptz 'epoch' + $6 * interval '1 microsecond')
          and ($7::bigint is null or died_at < timestamptz 'epoch' + $7 * interval '1 microsecond')
-         and ($8::text is null or group_id = $8)"
+         and ($8::text is null or group_id = $8)
+         and ($9::text is null or subject = $9)"
     };
 }
 
@@ -68,7 +69,8 @@ macro_rules! sqlite_fits {
          and ($5 is null or id < $5)
          and ($6 is null or died_at >= $6)
          and ($7 is null or died_at < $7)
-         and ($8 is null or group_id = $8)"
+         and ($8 is null or group_id = $8)
+         and ($9 is null or subject = $9)"
     };
 }
 
@@ -81,7 +83,7 @@ macro_rules! open_only {
 }
 
 /// The values of a filter.
-fn params(filter: &DeadLetterFilter) -> [Param<'_>; 8] {
+fn params(filter: &DeadLetterFilter) -> [Param<'_>; 9] {
     [
         Param::OptionalText(filter.worker.as_deref()),
         Param::OptionalText(filter.reason.as_deref()),
@@ -91,6 +93,7 @@ fn params(filter: &DeadLetterFilter) -> [Param<'_>; 8] {
         Param::OptionalInt(filter.since.map(Timestamp::as_microsecond)),
         Param::OptionalInt(filter.until.map(Timestamp::as_microsecond)),
         Param::OptionalText(filter.group.as_deref()),
+        Param::OptionalText(filter.exact_subject()),
     ]
 }
 
@@ -99,11 +102,11 @@ pub(super) async fn list(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec<D
     macro_rules! listed {
         ($summaries:ident, $fits:ident) => {
             if filter.closed {
-                concat!($summaries!("", $fits!()), " order by id desc limit $9")
+                concat!($summaries!("", $fits!()), " order by id desc limit $10")
             } else {
                 concat!(
                     $summaries!("", open_only!($fits)),
-                    " where state <> 'done' order by id desc limit $9"
+                    " where state <> 'done' order by id desc limit $10"
                 )
             }
         };
@@ -119,8 +122,8 @@ pub(super) async fn list(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec<D
     Ok(rows::list(&rows, rows::dead_letter_summary))
 }
 
-/// Counts and times of matching dead letters, by group, largest first. If the filter has a subject,
-/// all groups by their subject, in any number.
+/// Counts and times of matching dead letters, by group, largest first. If the filter has a subject
+/// with wildcards, all groups by their subject, in any number.
 pub(super) async fn groups(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterGroup>> {
     macro_rules! grouped {
         ($dead_letters:expr, $which:literal, $table:literal) => {
@@ -129,11 +132,11 @@ pub(super) async fn groups(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec
                 $dead_letters,
                 $which,
                 "), grouped as (
-                     select group_id, worker, case when $9 then subject else '' end as subject,
+                     select group_id, worker, case when $10 then subject else '' end as subject,
                          count(*) as dead_letters, min(died_at) as first, max(died_at) as last,
                          max(id) as last_dead_letter
                      from found group by 1, 2, 3
-                     order by count(*) desc, max(id) limit $10
+                     order by count(*) desc, max(id) limit $11
                  )
                  select grouped.*, dead_letter_group.id, reason, code, shape, place
                  from grouped left join ",
@@ -165,7 +168,7 @@ pub(super) async fn groups(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec
         sqlite: matching!(sqlite_summaries, sqlite_fits, "oncely_dead_letter_group"),
         doing: "group dead letters",
     };
-    let is_by_subject = filter.subject.is_some();
+    let is_by_subject = filter.has_wildcard();
     let limit = if is_by_subject {
         i64::MAX
     } else {

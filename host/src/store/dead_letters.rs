@@ -218,6 +218,17 @@ pub struct DeadLetterFilter {
 }
 
 impl DeadLetterFilter {
+    /// The subject, unless it is a pattern.
+    pub(super) fn exact_subject(&self) -> Option<&str> {
+        let subject = self.subject.as_deref();
+        subject.filter(|subject| !subject.contains(['*', '>']))
+    }
+
+    /// Whether the subject is a pattern, which the database cannot compare.
+    pub(super) fn has_wildcard(&self) -> bool {
+        self.subject.is_some() && self.exact_subject().is_none()
+    }
+
     fn matches_subject(&self, dead_letter: &DeadLetterSummary) -> bool {
         self.subject
             .as_ref()
@@ -262,7 +273,7 @@ pub async fn grouped_dead_letters(
     filter: &DeadLetterFilter,
 ) -> Result<Vec<DeadLetterGroup>> {
     let found = store.dead_letter_groups(filter).await?;
-    let Some(pattern) = &filter.subject else {
+    let Some(pattern) = filter.subject.as_ref().filter(|_| filter.has_wildcard()) else {
         return Ok(found);
     };
 

@@ -69,6 +69,7 @@ async fn failing_since_noon_is_repaired_by_mouse() -> Result<()> {
     world
         .until("select count(*) from oncely.inbox where state = 'done'", 21)
         .await?;
+    world.until(world.database.unpublished(), 0).await?;
     browser.click("Verify").await?;
     shows(&browser, "The event took effect once.").await?;
     books::check(&world).await?;
@@ -120,6 +121,7 @@ async fn failing_since_noon_is_repaired_by_keyboard() -> Result<()> {
     world
         .until("select count(*) from oncely.inbox where state = 'done'", 21)
         .await?;
+    world.until(world.database.unpublished(), 0).await?;
     follow("Verify").await?;
     shows(&browser, "The event took effect once.").await?;
 

@@ -82,6 +82,7 @@ both!(
             .until("select count(*) from oncely.inbox where state = 'done'", 1)
             .await?;
 
+        world.until(world.database.unpublished(), 0).await?;
         // It took effect once, and the audit has the name.
         let verified = visit.json("/dead-letters/1/verify").await?;
         assert_eq!(verified["dead_letters"][0]["problem"], Value::Null);

@@ -38,7 +38,12 @@ async fn hostile_messages_are_shown_as_text() -> Result<()> {
     ] {
         let page = visit.page(path).await?;
         for tag in ["<script", "<img", "<i>", "<b>", "\u{202e}"] {
-            assert!(!page.text.contains(tag), "{path} contains {tag}");
+            // The text in a form is that of the message; the comparison of its changes marks it.
+            let is_editable = tag == "\u{202e}" && path.ends_with("/edit");
+            assert!(
+                is_editable || !page.text.contains(tag),
+                "{path} contains {tag}"
+            );
         }
     }
     let page = visit.page("/dead-letters/1").await?;
