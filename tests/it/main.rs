@@ -70,4 +70,5 @@ mod store;
 mod takeover;
 mod tidy;
 mod toolchains;
+mod traces;
 mod wal;

@@ -21,5 +21,6 @@ pub mod retry;
 pub mod signature;
 pub mod sql;
 pub mod subject;
+pub mod trace_context;
 pub mod units;
 pub mod verdict;
