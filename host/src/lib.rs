@@ -56,6 +56,8 @@ mod http_server;
 mod registry;
 // The database, by sqlx.
 pub mod store;
+// Traces: recorded spans and their export over OTLP.
+pub mod traces;
 
 // Inspection of a component before it is compiled, by wasmparser.
 mod component;

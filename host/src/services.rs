@@ -19,6 +19,7 @@ use crate::model::hint::WithHint;
 use crate::model::signature::{PublicKeys, Signature};
 use crate::relay::{RelayHandle, RelayState};
 use crate::store::{DeploymentRecord, OutboxRow, Store};
+use crate::traces::Traces;
 
 /// The timeout for the age of a worker's oldest message.
 const AGE_WITHIN: Duration = Duration::from_secs(1);
@@ -37,6 +38,7 @@ pub struct Services {
     pub component_keys: Option<PublicKeys>,
     pub cache: Cache,
     pub metrics: Arc<Metrics>,
+    pub traces: Traces,
     pub health: Arc<Health>,
     pub relay_state: Arc<RelayState>,
     /// Closed once the host drains: the relay ends when no sender is left.
@@ -160,6 +162,7 @@ impl Services {
             cache: self.cache.clone(),
             connection_breaks: ConnectionBreaks::default(),
             health: Arc::clone(&self.health),
+            traces: self.traces.clone(),
         })
     }
 

@@ -98,6 +98,7 @@ impl Bench {
     fn call(&self) -> Call {
         Call {
             messages: vec![Arc::clone(&self.message)],
+            traces: Vec::new(),
             worker: Arc::clone(&self.worker),
             config: Arc::clone(&self.config),
             version: 1,

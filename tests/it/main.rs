@@ -77,4 +77,5 @@ mod store;
 mod takeover;
 mod tidy;
 mod toolchains;
+mod traces;
 mod wal;

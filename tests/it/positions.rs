@@ -14,6 +14,7 @@ use oncely::metrics::Metrics;
 use oncely::model::message::Message;
 use oncely::model::verdict::Verdict;
 use oncely::store::{PostgresStore, SqliteStore, Store};
+use oncely::traces::Traces;
 use support::database::{Database, Kind};
 use support::eventually::until_at_least;
 use support::guests;
@@ -69,6 +70,7 @@ impl DeliveryHarness {
             cache: Cache::open(&CacheSettings::default(), Arc::clone(&metrics))?,
             connection_breaks: ConnectionBreaks::default(),
             health: Arc::default(),
+            traces: Traces::default(),
             metrics,
         };
         Ok(DeliveryHarness {

@@ -52,7 +52,14 @@ fn each_outside_library_has_one_module() -> Result<()> {
         // Part of the interface of wasmtime-wasi-http.
         (
             "hyper",
-            &["alarms", "guest", "http_server", "https", "registry"],
+            &[
+                "alarms",
+                "guest",
+                "http_server",
+                "https",
+                "registry",
+                "traces",
+            ],
         ),
         // Process limits: open files, and those of the compiler process. File systems.
         ("rustix", &["http_server", "guest", "doctor"]),
@@ -61,6 +68,8 @@ fn each_outside_library_has_one_module() -> Result<()> {
         ("moka", &["cache"]),
         ("redis", &["cache"]),
         ("jsonschema", &["config"]),
+        ("opentelemetry_proto", &["traces"]),
+        ("prost", &["traces"]),
     ];
     for (path, text) in sources(&host)? {
         let module = module(&host, &path);

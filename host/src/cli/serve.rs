@@ -111,6 +111,7 @@ impl HostProcess {
             webhook,
             cache: config.cache.clone(),
             component_keys: config.component_keys.clone(),
+            traces: config.traces.clone(),
         };
         let (host, running) = Host::start(store, bus, engine, options).await?;
 

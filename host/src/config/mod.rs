@@ -23,6 +23,7 @@ mod shared;
 mod sources;
 mod token;
 mod toml_text;
+mod traces;
 mod webhook;
 
 pub use cache::{CacheSettings, CacheUrl};
@@ -30,6 +31,7 @@ pub use compile::CompileSettings;
 pub use http::HttpLimits;
 pub use nats::{JetStreamApi, Login, Nats};
 pub use token::{load_or_create_token, read_token};
+pub use traces::{TraceEndpoint, TraceSettings};
 pub use webhook::{Webhook, key as webhook_key};
 
 use sources::{Setting, Sources};
@@ -45,7 +47,7 @@ pub const HTTP_ADDRESS: &str = "127.0.0.1:7480";
 
 /// Every setting by its key in the file. Its flag is `--key` with hyphens, its variable is
 /// `ONCELY_KEY`.
-pub(crate) const SETTINGS: [&str; 36] = [
+pub(crate) const SETTINGS: [&str; 38] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -82,6 +84,9 @@ pub(crate) const SETTINGS: [&str; 36] = [
     "compile_time",
     "compile_memory",
     "component_keys",
+    "traces",
+    "traces_service",
+    "traces_sampling",
 ];
 
 /// The settings as flags. They stay text here: [`HostConfig::resolve`] parses them, whatever their
@@ -224,6 +229,17 @@ pub struct HostFlags {
     /// any component] [env: ONCELY_COMPONENT_KEYS]
     #[arg(long, value_name = "FILE")]
     pub component_keys: Option<String>,
+    /// Export traces to the OpenTelemetry collector at this URL, or off [default: off] [env:
+    /// ONCELY_TRACES]
+    #[arg(long, value_name = "URL")]
+    pub traces: Option<String>,
+    /// Export traces under this service name [default: oncely] [env: ONCELY_TRACES_SERVICE]
+    #[arg(long, value_name = "NAME")]
+    pub traces_service: Option<String>,
+    /// Record this share of new traces, between 0 and 1 [default: 1] [env:
+    /// ONCELY_TRACES_SAMPLING]
+    #[arg(long, value_name = "SHARE")]
+    pub traces_sampling: Option<String>,
 }
 
 /// The checked configuration of a host.
@@ -288,6 +304,8 @@ pub struct HostConfig {
     pub component_keys: Option<PublicKeys>,
     /// The configuration file, if it contains a secret.
     pub file_with_secrets: Option<PathBuf>,
+    /// The export of traces.
+    pub traces: TraceSettings,
 }
 
 /// The relay mode: how outputs are published.
@@ -439,6 +457,7 @@ impl HostConfig {
                 .map(|setting| component_keys::component_keys(&setting))
                 .transpose()?,
             file_with_secrets: sources.file_with_secrets(),
+            traces: traces::resolve(&sources, env)?,
             data_dir,
         })
     }

@@ -131,6 +131,9 @@ fn flag_values(flags: &HostFlags) -> [(&'static str, &Option<String>); SETTINGS.
         ("compile_time", &flags.compile_time),
         ("compile_memory", &flags.compile_memory),
         ("component_keys", &flags.component_keys),
+        ("traces", &flags.traces),
+        ("traces_service", &flags.traces_service),
+        ("traces_sampling", &flags.traces_sampling),
     ]
 }
 
@@ -176,6 +179,21 @@ impl Setting {
             from: "its default".to_owned(),
             folder: PathBuf::new(),
         }
+    }
+
+    /// A setting from a variable of another standard, if that is set and not empty.
+    pub fn of_variable(
+        key: &'static str,
+        name: &str,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Option<Setting> {
+        let value = env(name).filter(|value| !value.is_empty())?;
+        Some(Setting {
+            key,
+            value,
+            from: name.to_owned(),
+            folder: PathBuf::new(),
+        })
     }
 
     /// The same setting and source with another value, for a value that was read indirectly.

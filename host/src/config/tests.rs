@@ -72,6 +72,7 @@ fn defaults_run_a_host_from_one_local_folder() {
         compile: CompileSettings::default(),
         component_keys: None,
         file_with_secrets: None,
+        traces: TraceSettings::default(),
     };
     assert_eq!(config, expected);
 }
@@ -145,6 +146,9 @@ fn every_setting_is_read_from_every_source() {
         "compile_time" => "9s".to_owned(),
         "compile_memory" => "3GiB".to_owned(),
         "component_keys" => public_key.to_string_lossy().into_owned(),
+        "traces" => "http://a:4318".to_owned(),
+        "traces_service" => "payments".to_owned(),
+        "traces_sampling" => "0.5".to_owned(),
         "webhook_secret" => format!("whsec_{}", "c2VjcmV0".repeat(4)),
         _ => panic!("no value for {key}"),
     };
@@ -657,4 +661,67 @@ fn every_setting_is_in_the_reference_and_in_the_help() {
         assert!(help.contains(&format!("[env: {variable}]")), "{help}");
     }
     assert_eq!(command.get_arguments().count(), SETTINGS.len() + 1);
+}
+
+#[test]
+fn the_collector_of_traces_is_validated() {
+    let traces =
+        |flags: &[&str], env: &[(&str, &str)]| resolve(flags, env).map(|config| config.traces);
+    let url = |flags: &[&str], env: &[(&str, &str)]| {
+        let endpoint = traces(flags, env).unwrap().endpoint;
+        endpoint.map(|endpoint| endpoint.url())
+    };
+    const STANDARD: (&str, &str) = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:4318/");
+    assert_eq!(
+        url(&["--traces", "https://a.example.com/in/"], &[]).as_deref(),
+        Some("https://a.example.com/in/v1/traces")
+    );
+    assert_eq!(
+        url(&[], &[STANDARD]).as_deref(),
+        Some("http://c:4318/v1/traces")
+    );
+    assert_eq!(
+        url(&["--traces", "http://a"], &[STANDARD]).as_deref(),
+        Some("http://a/v1/traces")
+    );
+    assert_eq!(url(&["--traces", "off"], &[STANDARD]), None);
+
+    for (wrong, why) in [
+        ("a:4318", "it begins neither with https:// nor with http://"),
+        (
+            "ftp://a",
+            "it begins neither with https:// nor with http://",
+        ),
+        ("http://", "it is neither a URL nor `off`"),
+        ("http://user:secret@a", "it contains a login or a query"),
+        ("http://a/?token=secret", "it contains a login or a query"),
+    ] {
+        let error = traces(&["--traces", wrong], &[]).unwrap_err();
+        let text = format!("{error:#}");
+        assert!(
+            text.contains("`traces` (from --traces) is invalid") && text.contains(why),
+            "{wrong}: {text}"
+        );
+        assert!(!text.contains("secret"), "{text}");
+    }
+    let error = traces(&[], &[("OTEL_EXPORTER_OTLP_ENDPOINT", "grpc")]).unwrap_err();
+    assert!(format!("{error:#}").contains("(from OTEL_EXPORTER_OTLP_ENDPOINT)"));
+}
+
+#[test]
+fn the_share_of_recorded_traces_is_validated() {
+    let share = |share: &str| {
+        resolve(&["--traces-sampling", share], &[]).map(|config| config.traces.sample_below())
+    };
+    assert_eq!(share("0").unwrap(), 0);
+    assert_eq!(share("0.5").unwrap(), 1 << 62);
+    assert_eq!(share("1").unwrap(), 1 << 63);
+    for wrong in ["2", "-0.1", "NaN", "inf", "10%", "all"] {
+        let error = share(wrong).unwrap_err();
+        assert!(
+            format!("{error:#}").contains("is not a number between 0 and 1"),
+            "{error:#}"
+        );
+    }
+    assert!(resolve(&["--traces-service", " "], &[]).is_err());
 }

@@ -31,8 +31,11 @@ impl Delivery {
             .await?;
         fault::point(fault::AFTER_COUNT);
 
-        for ((item, failed), counted) in failed.into_iter().zip(counted) {
+        for ((mut item, failed), counted) in failed.into_iter().zip(counted) {
             self.report_attempt(&item, &failed, counted);
+            if let Some(trace) = &mut item.trace {
+                trace.failed(&failed.failure);
+            }
             let verdict = self.judge(&item.message, failed.failure, counted);
             run.judged.push((item, verdict));
         }

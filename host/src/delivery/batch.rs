@@ -14,11 +14,14 @@ use super::{
 use crate::cache::{Cache, CacheKey};
 use crate::config::manifest::Isolation;
 use crate::guest::{
-    CacheReader, CachedValue, Call, CallOutcome, FailureKind, Recorder, RequestCall, WarmInstance,
+    CacheReader, CachedValue, Call, CallFailure, CallOutcome, FailureKind, HandlerResult, Recorder,
+    RequestCall, WarmInstance,
 };
 use crate::model::cache_writes::CacheWrites;
 use crate::model::keyed_state::BatchState;
 use crate::model::message::{Message, Output};
+use crate::model::trace_context::OutputTrace;
+use crate::traces::Interval;
 
 /// The outcome of running the items of a group. Each of them has a fate then.
 pub(super) enum GroupRun {
@@ -30,6 +33,14 @@ pub(super) enum GroupRun {
     UnknownItemFailed,
     /// Another transaction conflicted.
     Conflict(String),
+}
+
+/// The inputs of a call that differ from call to call.
+pub(super) struct CallInputs {
+    pub messages: Vec<Arc<Message>>,
+    /// The trace of each message, for its outputs; empty when traces are off.
+    pub traces: Vec<OutputTrace>,
+    pub request: Option<RequestCall>,
 }
 
 /// The effects of the succeeded items of a group, beside those in the database.
@@ -88,7 +99,8 @@ impl Delivery {
                 shared_tx.begin_item().await;
             }
 
-            let messages = vec![Arc::clone(&item.message)];
+            let inputs = self.inputs_of(&[&mut **item]);
+            let stopwatch = self.traces.stopwatch();
             let state = std::mem::take(&mut effects.state);
             let attempt = item.attempts + 1;
             let span = tracing::debug_span!(
@@ -98,9 +110,13 @@ impl Delivery {
                 attempt,
             );
             let outcome = self
-                .call(messages, attempt, shared_tx, state, warm.take(), None)
+                .call(inputs, attempt, shared_tx, state, warm.take())
                 .instrument(span)
                 .await?;
+            if let (Some(trace), Some(stopwatch)) = (&mut item.trace, stopwatch) {
+                let failure = first_failure(&outcome.result);
+                trace.handled(stopwatch.stop(), shared_tx.take_statements(), failure);
+            }
 
             effects.state = outcome.state;
             // A failed instance is never reused: its memory is in an unknown state.
@@ -154,20 +170,23 @@ impl Delivery {
         shared_tx: &SharedTx,
         state: BatchState,
     ) -> anyhow::Result<GroupRun> {
-        let messages: Vec<Arc<Message>> =
-            fresh.iter().map(|item| Arc::clone(&item.message)).collect();
+        let inputs = self.inputs_of(fresh);
+        let stopwatch = self.traces.stopwatch();
         let attempts = fresh.iter().map(|item| item.attempts).max();
         let attempt = attempts.unwrap_or_default() + 1;
         let span = tracing::debug_span!(
             "delivery",
             worker = self.worker.name,
-            messages = messages.len(),
+            messages = inputs.messages.len(),
             attempt,
         );
         let outcome = self
-            .call(messages, attempt, shared_tx, state, None, None)
+            .call(inputs, attempt, shared_tx, state, None)
             .instrument(span)
             .await?;
+        if let Some(stopwatch) = stopwatch {
+            trace_batch(fresh, &outcome, stopwatch.stop(), shared_tx);
+        }
 
         let results = match (outcome.result, fresh.len()) {
             (Ok(results), _) => results,
@@ -208,15 +227,15 @@ impl Delivery {
 
     pub(super) async fn call(
         &self,
-        messages: Vec<Arc<Message>>,
+        inputs: CallInputs,
         attempt: u32,
         shared_tx: &SharedTx,
         state: BatchState,
         warm: Option<WarmInstance>,
-        request: Option<RequestCall>,
     ) -> anyhow::Result<CallOutcome> {
         let call = Call {
-            messages,
+            messages: inputs.messages,
+            traces: inputs.traces,
             worker: Arc::clone(&self.worker),
             config: Arc::clone(&self.config),
             version: self.version,
@@ -229,13 +248,46 @@ impl Delivery {
                 worker: self.worker.name.clone(),
             }),
             state,
-            request,
+            request: inputs.request,
             recorder: Recorder::default(),
         };
         let began = Instant::now();
         let outcome = self.guest.call(call, warm).await;
         self.metrics.processed(&self.worker.name, began.elapsed());
         outcome
+    }
+}
+
+/// Takes the call for all items into the trace of each. The statements belong to the call, so they
+/// are in the trace of the first item.
+fn trace_batch(
+    items: &mut [&mut BatchItem],
+    outcome: &CallOutcome,
+    interval: Interval,
+    shared_tx: &SharedTx,
+) {
+    let mut statements = shared_tx.take_statements();
+    for (position, item) in items.iter_mut().enumerate() {
+        let Some(trace) = &mut item.trace else {
+            continue;
+        };
+        let failure = match &outcome.result {
+            Ok(results) => results
+                .get(position)
+                .and_then(|result| result.as_ref().err()),
+            Err(failure) => Some(failure),
+        };
+        trace.handled(interval, std::mem::take(&mut statements), failure);
+    }
+}
+
+/// The failure of a call for one message.
+pub(super) fn first_failure(
+    result: &Result<Vec<HandlerResult>, CallFailure>,
+) -> Option<&CallFailure> {
+    match result {
+        Ok(results) => results.iter().find_map(|result| result.as_ref().err()),
+        Err(failure) => Some(failure),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::batch::CallInputs;
 use super::{CONFLICTS_MAX, Delivery, SharedTx, schema_mismatch, store_error};
 use crate::guest::{CallFailure, CallOutcome, FailureKind};
 use crate::model::failure_code::FailureCode;
@@ -80,15 +81,13 @@ impl Delivery {
         // Run the handler.
         let shared_tx = SharedTx::new(self.store.dialect(), tx);
         let attempt = message.attempts_before() + 1;
+        let inputs = CallInputs {
+            messages: vec![message],
+            traces: Vec::new(),
+            request: None,
+        };
         let outcome = self
-            .call(
-                vec![message],
-                attempt,
-                &shared_tx,
-                BatchState::default(),
-                None,
-                None,
-            )
+            .call(inputs, attempt, &shared_tx, BatchState::default(), None)
             .await;
 
         // Read the effects, then roll back.

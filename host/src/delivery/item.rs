@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::DUPLICATE_WAIT;
+use super::trace::ItemTrace;
 use crate::config::manifest::Worker;
 use crate::guest::{CallFailure, FailureKind, Record};
 use crate::model::failure_code::FailureCode;
@@ -27,6 +28,8 @@ pub(super) struct BatchItem {
     pub fate: Fate,
     /// The failure of a message that does not fit its schema.
     pub mismatch: Option<CallFailure>,
+    /// The last run, if traces are on.
+    pub trace: Option<Box<ItemTrace>>,
     /// Other messages of the batch with the same event id.
     duplicates: Vec<Duplicate>,
 }
@@ -96,6 +99,7 @@ impl BatchItem {
             attempts: 0,
             fate: Fate::Pending,
             mismatch: None,
+            trace: None,
             duplicates: Vec::new(),
         }
     }

@@ -24,6 +24,7 @@ use crate::model::message::{Message, Output};
 use crate::model::verdict::Verdict;
 use crate::store::conflict::pause_after;
 use crate::store::{Claim, OutboxRow, Store, StoreError, Tx, is_busy};
+use crate::traces::Traces;
 
 mod attempts;
 mod batch;
@@ -36,6 +37,7 @@ pub mod request;
 pub mod request_group;
 mod schema;
 mod shared_tx;
+mod trace;
 
 use batch::{GroupEffects, GroupRun};
 pub use connection_breaks::ConnectionBreaks;
@@ -43,6 +45,7 @@ pub use dry_run::DryRunOutcome;
 use item::{BatchItem, FailedCall, Fate};
 pub(crate) use schema::schema_mismatch;
 pub(crate) use shared_tx::SharedTx;
+pub use trace::RequestTrace;
 
 /// The lease of committed outputs. For this long after the commit, only the committing host
 /// publishes them.
@@ -78,6 +81,8 @@ pub struct Delivery {
     pub connection_breaks: ConnectionBreaks,
     /// The health of the host. Each database operation is recorded in it.
     pub health: Arc<Health>,
+    /// Records the spans of deliveries, if traces are on.
+    pub traces: Traces,
 }
 
 /// Whether an item that runs SQL gets a savepoint first.
@@ -149,7 +154,11 @@ impl Delivery {
                     item::reset(&mut group);
                     self.handle_connection_break(&mut group, error)?
                 }
-                outcome => outcome?,
+                Err(error) => {
+                    self.record_lost_runs(&group);
+                    return Err(error);
+                }
+                Ok(outcome) => outcome,
             };
 
             run.reruns += u32::from(!matches!(outcome, TxOutcome::Finished));
@@ -187,6 +196,9 @@ impl Delivery {
         self.connection_breaks.remove(event_ids);
         self.delete_recordings(&run).await;
         self.metrics.batch(&self.worker.name, run.reruns);
+        for (item, verdict) in &run.judged {
+            self.record_delivery(item, verdict);
+        }
         Ok(run.into_result(&self.worker.name, self.version))
     }
 
@@ -197,6 +209,7 @@ impl Delivery {
         group: &mut [BatchItem],
     ) -> Result<TxOutcome, StoreError> {
         // Claim the event ids.
+        let stopwatch = self.traces.stopwatch();
         let read_version = self.cache.read_version(&self.worker.name);
         let mut tx = self
             .store
@@ -212,6 +225,7 @@ impl Delivery {
         for (item, claimed) in group.iter_mut().zip(claimed) {
             item.apply_claim(claimed, &self.worker.name, self.version);
         }
+        self.trace_claims(stopwatch, group);
         let mut fresh: Vec<&mut BatchItem> =
             group.iter_mut().filter(|item| item.is_pending()).collect();
 
@@ -232,7 +246,7 @@ impl Delivery {
             Ok(state) => state,
             Err(error) => return roll_back_after(error, tx).await,
         };
-        let shared_tx = SharedTx::new(self.store.dialect(), tx);
+        let shared_tx = SharedTx::new(self.store.dialect(), tx).traced(self.traces.are_on());
         let group_run = self.run_items(run, &mut runnable, &shared_tx, state).await;
         let tx = shared_tx.take_tx().await?;
 
@@ -297,6 +311,7 @@ impl Delivery {
         };
 
         // Write the effects.
+        let stopwatch = self.traces.stopwatch();
         let leased_at = Instant::now();
         let invalidation = self.invalidation_output(&first, &effects.cache)?;
         let invalidation_id = invalidation.as_ref().map(|output| output.id.clone());
@@ -318,10 +333,12 @@ impl Delivery {
                 self.cache
                     .commit(&self.worker.name, cache, read_version, id)
                     .await;
-                fresh
-                    .iter_mut()
-                    .filter(|item| item.has_succeeded())
-                    .for_each(|item| item.fate = Fate::Judged(Verdict::Done(settled)));
+                for item in fresh.iter_mut().filter(|item| item.has_succeeded()) {
+                    item.fate = Fate::Judged(Verdict::Done(settled));
+                    if let (Some(trace), Some(stopwatch)) = (&mut item.trace, stopwatch) {
+                        trace.committed(stopwatch.stop());
+                    }
+                }
                 run.leased_at = run.leased_at.or(Some(leased_at));
                 run.outputs.extend(rows);
                 run.savepoint_rollbacks += effects.savepoint_rollbacks;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::Delivery;
+use super::{Delivery, RequestTrace};
 use crate::fault;
 use crate::guest::{CallFailure, CallOutcome, FailureKind, RequestCall};
 use crate::metrics::Metrics;
@@ -27,6 +27,8 @@ pub struct IncomingRequest {
     pub request: HttpRequest,
     /// The key, and how long the response is kept. `None` for a request that may be handled again.
     pub key: Option<(RequestKey, Duration)>,
+    /// The span of the request, if traces are on.
+    pub trace: Option<RequestTrace>,
 }
 
 impl IncomingRequest {

@@ -12,10 +12,12 @@ use futures::StreamExt as _;
 use tokio::sync::oneshot;
 use tracing::Instrument as _;
 
+use super::batch::{CallInputs, first_failure};
 use super::request::{
     HandlerOutcome, IncomingRequest, RequestOutcome, commit_refused, handled_elsewhere,
     request_message,
 };
+use super::trace::{ClaimTrace, ItemTrace};
 use super::{CONFLICTS_MAX, Delivery, HAND_OVER_LEASE, Savepoints, SharedTx};
 use super::{log_guest_output, store_error};
 use crate::cache::ReadVersion;
@@ -25,8 +27,10 @@ use crate::model::cache_writes::CacheWrites;
 use crate::model::keyed_state::BatchState;
 use crate::model::message::{Message, Output};
 use crate::model::request::HttpResponse;
+use crate::model::sql::Dialect;
 use crate::store::conflict::pause_after;
 use crate::store::{KeptResponse, OutboxRow, StoreError, Tx};
+use crate::traces::{Stopwatch, Traces};
 
 /// How many requests of a refused group are handled at once.
 const INDIVIDUALLY_AT_ONCE: usize = 4;
@@ -79,6 +83,8 @@ struct Item<'r> {
     incoming: &'r IncomingRequest,
     message: Arc<Message>,
     fate: Fate,
+    /// The run of this transaction, if traces are on.
+    trace: Option<Box<ItemTrace>>,
 }
 
 enum Fate {
@@ -157,6 +163,7 @@ impl Delivery {
                 // Its effects are gone with the transaction. A response is stored in another one.
                 Ok(GroupEnd::NeedsSavepoints | GroupEnd::RunIndividually) => {
                     runs.undone += 1;
+                    item.record(&self.traces, self.store.dialect());
                     return match item.fate {
                         Fate::Responded(response) if !incoming.request.is_safe() => {
                             self.store_response(incoming, response).await
@@ -263,6 +270,7 @@ impl Delivery {
         runs: &mut HandlerRuns,
     ) -> Result<GroupEnd, StoreError> {
         // Claim the idempotency keys.
+        let stopwatch = self.traces.stopwatch();
         let may_write = items.iter().any(|item| !item.incoming.request.is_safe());
         let (name, time) = (&self.worker.name, self.worker.limits.time);
         let read_version = self.cache.read_version(name);
@@ -276,6 +284,7 @@ impl Delivery {
             return Err(error);
         }
         fault::point(fault::AFTER_CLAIM);
+        trace_claims(stopwatch, items);
         let mut fresh: Vec<&mut Item<'_>> =
             items.iter_mut().filter(|item| item.is_pending()).collect();
         if fresh.is_empty() {
@@ -284,7 +293,7 @@ impl Delivery {
         }
 
         // Run the handlers.
-        let shared_tx = SharedTx::new(self.store.dialect(), tx);
+        let shared_tx = SharedTx::new(self.store.dialect(), tx).traced(self.traces.are_on());
         let mut effects = Effects::default();
         let ended = self
             .run_handlers(
@@ -311,7 +320,7 @@ impl Delivery {
         }
 
         // Commit their effects.
-        match may_write {
+        let ended = match may_write {
             true => {
                 self.commit_together(&mut fresh, tx, effects, read_version)
                     .await
@@ -324,7 +333,13 @@ impl Delivery {
                     .await;
                 Ok(GroupEnd::without_outputs())
             }
+        };
+        if matches!(ended, Ok(GroupEnd::Finished { .. })) {
+            for item in &fresh {
+                item.record(&self.traces, self.store.dialect());
+            }
         }
+        ended
     }
 
     /// Runs the handlers one after the other. Returns the end of the transaction if it cannot be
@@ -375,29 +390,43 @@ impl Delivery {
     /// Runs one handler. Returns `None` if it was stopped because others wait for it.
     async fn call_handler(
         &self,
-        item: &Item<'_>,
+        item: &mut Item<'_>,
         shared_tx: &SharedTx,
         effects: &mut Effects,
         patience: Option<Duration>,
     ) -> anyhow::Result<Option<CallOutcome>> {
+        let stopwatch = self.traces.stopwatch();
         // A stopped call takes its state with it.
         let state = match patience {
             None => std::mem::take(&mut effects.state),
             Some(_) => effects.state.clone(),
         };
-        let messages = vec![Arc::clone(&item.message)];
-        let request = item.incoming.call(&self.worker.name);
+        let trace = item.trace.as_ref();
+        let trace = trace.and_then(|trace| trace.of_outputs(&self.traces));
+        let inputs = CallInputs {
+            messages: vec![Arc::clone(&item.message)],
+            traces: Vec::from_iter(trace),
+            request: Some(item.incoming.call(&self.worker.name)),
+        };
         let span = tracing::debug_span!("handler", id = item.message.event_id);
         let running = self
-            .call(messages, 1, shared_tx, state, None, Some(request))
+            .call(inputs, 1, shared_tx, state, None)
             .instrument(span);
-        let Some(patience) = patience else {
-            return running.await.map(Some);
+        let outcome = match patience {
+            None => running.await?,
+            Some(patience) => match tokio::time::timeout(patience, running).await {
+                Ok(outcome) => outcome?,
+                Err(_) => {
+                    shared_tx.take_statements();
+                    return Ok(None);
+                }
+            },
         };
-        match tokio::time::timeout(patience, running).await {
-            Ok(outcome) => outcome.map(Some),
-            Err(_) => Ok(None),
+        if let (Some(trace), Some(stopwatch)) = (&mut item.trace, stopwatch) {
+            let failure = first_failure(&outcome.result);
+            trace.handled(stopwatch.stop(), shared_tx.take_statements(), failure);
         }
+        Ok(Some(outcome))
     }
 
     /// Takes in the effects of an item that succeeded. Rolls back those of one that failed.
@@ -457,6 +486,7 @@ impl Delivery {
         let invalidation = self.invalidation_output(&event_id, &effects.cache)?;
         let id = invalidation.as_ref().map(|output| output.id.clone());
         effects.outputs.extend(invalidation);
+        let stopwatch = self.traces.stopwatch();
         let leased_at = Instant::now();
         let outputs = match write(items, &effects, &mut tx).await {
             Ok(outputs) => outputs,
@@ -472,6 +502,11 @@ impl Delivery {
         match tx.commit().await {
             Ok(_) => {
                 fault::point(fault::AFTER_COMMIT);
+                for item in items.iter_mut().filter(|item| item.has_effects()) {
+                    if let (Some(trace), Some(stopwatch)) = (&mut item.trace, stopwatch) {
+                        trace.committed(stopwatch.stop());
+                    }
+                }
                 self.cache
                     .commit(name, cache, read_version, id.as_deref())
                     .await;
@@ -488,6 +523,16 @@ impl Delivery {
             }
             Err(error) => refused(items, error),
         }
+    }
+}
+
+/// Begins the traces of the requests of a transaction.
+fn trace_claims(stopwatch: Option<Stopwatch>, items: &mut [Item<'_>]) {
+    let Some(stopwatch) = stopwatch else { return };
+    let claim = ClaimTrace::new(stopwatch, items.len());
+    for item in items {
+        let request = item.incoming.trace.as_ref();
+        item.trace = request.map(|request| ItemTrace::of_request(request, &claim));
     }
 }
 
@@ -643,11 +688,20 @@ impl<'r> Item<'r> {
             incoming,
             message: request_message(&incoming.request),
             fate: Fate::Pending,
+            trace: None,
         }
     }
 
     fn is_pending(&self) -> bool {
         matches!(self.fate, Fate::Pending)
+    }
+
+    /// Records the spans of an item that ran to its end.
+    fn record(&self, traces: &Traces, dialect: Dialect) {
+        let trace = self.trace.as_ref();
+        if let Some(trace) = trace.filter(|_| !matches!(self.fate, Fate::Pending | Fate::Slow)) {
+            trace.record_parts(traces, dialect);
+        }
     }
 
     /// Whether the commit has effects of the item.

@@ -1,12 +1,13 @@
 //! The transaction of a batch, shared by its guests.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use anyhow::Context as _;
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 use tokio::sync::Mutex;
 
+use super::trace::{RunningStatement, StatementLog, Statements};
 use crate::fault;
 use crate::guest::Database;
 use crate::model::keyed_state::StateSlot;
@@ -21,6 +22,8 @@ pub(crate) struct SharedTx {
     /// The lock gives exclusive access to the transaction. An operation holds it from start to end.
     /// A stopped guest therefore cannot run a statement after its item was rolled back.
     slot: Arc<Mutex<TxSlot>>,
+    /// The statements of the running guest, if traces are on.
+    statements: Option<StatementLog>,
 }
 
 /// The transaction and its savepoint state.
@@ -54,7 +57,30 @@ impl SharedTx {
                 tx: Some(tx),
                 needs_savepoint: false,
             })),
+            statements: None,
         }
+    }
+
+    /// Records the statements of guests from now on, if `is_on`.
+    pub(crate) fn traced(self, is_on: bool) -> Self {
+        SharedTx {
+            statements: is_on.then(StatementLog::default),
+            ..self
+        }
+    }
+
+    /// Takes the recorded statements out.
+    pub(crate) fn take_statements(&self) -> Statements {
+        let log = self.statements.as_ref();
+        let statements = log.map(|log| log.lock().unwrap_or_else(PoisonError::into_inner));
+        statements
+            .map(|mut statements| std::mem::take(&mut *statements))
+            .unwrap_or_default()
+    }
+
+    fn begin_statement(&self, text: &str) -> Option<RunningStatement> {
+        let log = self.statements.as_ref()?;
+        Some(RunningStatement::start(log, text))
     }
 
     /// Takes the transaction out. Waits for a statement that outlived its guest.
@@ -157,7 +183,8 @@ impl Database for SharedTx {
         params: Vec<Value>,
         limits: SqlLimits,
     ) -> anyhow::Result<Result<Rows, SqlError>> {
-        self.with_tx(move |slot| {
+        let running = self.begin_statement(&statement);
+        let queried = self.with_tx(move |slot| {
             Box::pin(async move {
                 Ok(slot
                     .item_tx()
@@ -165,8 +192,12 @@ impl Database for SharedTx {
                     .query(&statement, &params, limits)
                     .await?)
             })
-        })
-        .await
+        });
+        let queried = queried.await;
+        if let Some(running) = running {
+            running.finish(&queried);
+        }
+        queried
     }
 
     async fn execute(
@@ -174,10 +205,14 @@ impl Database for SharedTx {
         statement: String,
         params: Vec<Value>,
     ) -> anyhow::Result<Result<u64, SqlError>> {
+        let running = self.begin_statement(&statement);
         let executed = self.with_tx(move |slot| {
             Box::pin(async move { Ok(slot.item_tx().await?.execute(&statement, &params).await?) })
         });
         let executed = executed.await;
+        if let Some(running) = running {
+            running.finish(&executed);
+        }
         fault::point(fault::MID_GUEST);
         executed
     }

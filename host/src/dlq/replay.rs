@@ -160,6 +160,7 @@ fn call(attempt: &Replayable, expected: &CallFailure, config: ResolvedConfig) ->
     }
     Call {
         messages: record.messages.iter().cloned().map(Arc::new).collect(),
+        traces: Vec::new(),
         worker: Arc::new(worker),
         config: Arc::new(config),
         version: record.version,

@@ -23,11 +23,14 @@ use crate::model::cache_writes::CacheWrites;
 use crate::model::keyed_state::BatchState;
 use crate::model::message::{Message, Output};
 use crate::model::request::{HttpRequest, HttpResponse};
+use crate::model::trace_context::OutputTrace;
 
 /// The inputs of one call.
 pub struct Call {
     /// One message for a handler, one or more for a batch handler.
     pub messages: Vec<Arc<Message>>,
+    /// The trace of each message, for its outputs; empty when traces are off.
+    pub traces: Vec<OutputTrace>,
     /// The worker, with its limits.
     pub worker: Arc<Worker>,
     /// The configuration that the guest reads, with the values of secrets.

@@ -87,7 +87,11 @@ pub(super) async fn read(
         };
         (key, rules.window)
     });
-    Ok(IncomingRequest { request, key })
+    Ok(IncomingRequest {
+        request,
+        key,
+        trace: None,
+    })
 }
 
 pub(super) async fn read_body(body: Body, max: usize) -> Result<Bytes, Problem> {

@@ -27,6 +27,7 @@ use crate::metrics::Metrics;
 use crate::model::request::{Admission, HttpResponse};
 use crate::relay::RelayHandle;
 use crate::store::{Store, StoreError};
+use crate::traces::Traces;
 
 mod cached;
 mod head;
@@ -40,6 +41,7 @@ mod response;
 mod route_table;
 mod single_flight;
 mod test_requests;
+mod trace;
 
 pub use http_worker::HttpWorker;
 use incoming::ReadRules;
@@ -52,6 +54,7 @@ use route_table::MatchedRoute;
 pub use route_table::{RouteTable, check_routes};
 use single_flight::{SingleFlight, SingleFlightEntry};
 pub use test_requests::{AdmittedRequest, TestRequests};
+use trace::RunningRequest;
 
 /// How long a request is retried while its outcome is unclear or the database is unavailable.
 const UNCLEAR_TIMEOUT: Duration = Duration::from_secs(3);
@@ -65,6 +68,7 @@ pub struct Ingress {
     admission: Admission,
     cache: Cache,
     metrics: Arc<Metrics>,
+    traces: Traces,
     /// None once the host drains.
     relay: RwLock<Option<RelayHandle>>,
     table: RwLock<Arc<RouteTable>>,
@@ -87,16 +91,19 @@ impl Ingress {
         bus: Bus,
         admission: Admission,
         cache: Cache,
+        traces: Traces,
     ) -> Self {
         Ingress {
             publisher: Publisher {
                 store,
                 bus,
                 metrics: Arc::clone(&metrics),
+                traces: traces.clone(),
             },
             admission,
             cache,
             metrics,
+            traces,
             relay: RwLock::new(Some(relay)),
             table: RwLock::default(),
             has_started: AtomicBool::new(false),
@@ -406,8 +413,9 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
     }
 
     // A cached route.
+    let running = RunningRequest::start(&ingress.traces, &parts);
     if let Some(policy) = target.cache_policy(&parts) {
-        let metrics = Arc::clone(&ingress.metrics);
+        let (metrics, traces) = (Arc::clone(&ingress.metrics), ingress.traces.clone());
         let response = ingress
             .respond_from_cache(Arc::clone(&target), policy, parts, body)
             .await;
@@ -418,13 +426,19 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
             false,
             began.elapsed(),
         );
+        if let Some(running) = running {
+            running.finish(&traces, &target, response.status().as_u16(), false);
+        }
         return response;
     }
 
     // Any other route.
     let memory = parts.extensions.get::<BodyMemory>().cloned();
     let incoming = match ingress.read(&target, parts, body).await {
-        Ok(incoming) => Arc::new(incoming),
+        Ok(incoming) => Arc::new(IncomingRequest {
+            trace: running.as_ref().map(|running| running.trace.clone()),
+            ..incoming
+        }),
         Err(problem) => {
             ingress.metrics.request(
                 target.key_owner(),
@@ -433,6 +447,9 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
                 false,
                 began.elapsed(),
             );
+            if let Some(running) = running {
+                running.finish(&ingress.traces, &target, problem.status, false);
+            }
             return respond(problem.response(), false);
         }
     };
@@ -455,6 +472,9 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
             replayed,
             began.elapsed(),
         );
+        if let Some(running) = running {
+            running.finish(&ingress.traces, &target, response.status, replayed);
+        }
         // The body stays in memory until here.
         drop(memory);
         (response, replayed)

@@ -13,14 +13,16 @@ use uuid::Uuid;
 
 use super::problem::Problem;
 use crate::bus::{Bus, stream_for_subject};
-use crate::delivery::HAND_OVER_LEASE;
 use crate::delivery::request::{IncomingRequest, RequestClaim, RequestOutcome, claim, commit};
+use crate::delivery::{HAND_OVER_LEASE, RequestTrace};
 use crate::http_server::original_header_names;
 use crate::metrics::Metrics;
 use crate::model::message::{self, Headers, Output, OutputKind};
 use crate::model::request::HttpResponse;
 use crate::model::subject;
+use crate::model::trace_context::{TraceContext, has_trace};
 use crate::store::{KeptResponse, Store, StoreError, Tx};
+use crate::traces::Traces;
 
 /// The prefix of the paths.
 pub(super) const PATH: &str = "/publish/";
@@ -44,6 +46,7 @@ pub(super) struct Publisher {
     pub store: Arc<Store>,
     pub bus: Bus,
     pub metrics: Arc<Metrics>,
+    pub traces: Traces,
 }
 
 /// A message to publish, without its body.
@@ -194,10 +197,10 @@ impl Publisher {
     ) -> Result<RequestOutcome, StoreError> {
         // Fully random: the id is public, and must not be derivable from that of another message.
         let id = Uuid::new_v4().to_string();
+        let mut output = output(&id, publication, incoming);
+        self.set_trace(&mut output, incoming);
         let since = Instant::now();
-        let outputs = tx
-            .append_outputs(&[output(&id, publication, incoming)], HAND_OVER_LEASE)
-            .await?;
+        let outputs = tx.append_outputs(&[output], HAND_OVER_LEASE).await?;
         let response = HttpResponse {
             status: 202,
             headers: vec![("content-type".to_owned(), "application/json".to_owned())],
@@ -219,6 +222,29 @@ impl Publisher {
             outputs,
             leased_at: since,
         })
+    }
+}
+
+impl Publisher {
+    /// Names the publish in the headers of the message, unless the client chose another trace for
+    /// it than that of the request.
+    fn set_trace(&self, output: &mut Output, incoming: &IncomingRequest) {
+        let Some(RequestTrace { trace, span_id }) = &incoming.trace else {
+            return;
+        };
+        let is_of_request = match TraceContext::of_headers(&output.headers) {
+            Some(context) => {
+                context.trace_id == trace.trace_id && Some(context.span_id) == trace.parent
+            }
+            None => !has_trace(&output.headers),
+        };
+        if let Some(trace) = self
+            .traces
+            .of_outputs(trace, *span_id)
+            .filter(|_| is_of_request)
+        {
+            trace.set(&mut output.headers, PUBLISHER, &output.id);
+        }
     }
 }
 

@@ -197,6 +197,7 @@ pub struct Metrics {
     wal_retained: Gauge,
     alarms: Family<AlarmLabels, Gauge>,
     webhook_posts: Family<PostLabels, Counter>,
+    trace_spans: Family<PostLabels, Counter>,
     /// The metrics of the read cache.
     pub cache: CacheMetrics,
     requests: Family<RequestLabels, Histogram, Buckets>,
@@ -220,6 +221,24 @@ impl PostOutcome {
             PostOutcome::Delivered => "delivered",
             PostOutcome::Failed => "failed",
             PostOutcome::Abandoned => "abandoned",
+        }
+    }
+}
+
+/// The outcome of the export of a span.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpanOutcome {
+    /// The collector accepted it.
+    Exported,
+    /// The queue was full, or the collector did not accept it.
+    Dropped,
+}
+
+impl SpanOutcome {
+    fn as_str(self) -> &'static str {
+        match self {
+            SpanOutcome::Exported => "exported",
+            SpanOutcome::Dropped => "dropped",
         }
     }
 }
@@ -432,6 +451,10 @@ impl Default for Metrics {
                 "oncely_webhook_posts",
                 "Attempts to post an alarm to the webhook, by outcome",
             ),
+            trace_spans: registrar.add(
+                "oncely_trace_spans",
+                "Spans sent to the collector or dropped, by outcome",
+            ),
             cache: CacheMetrics::new(&mut registrar),
             requests: registrar.add_seconds(
                 "http_server_request_duration",
@@ -570,6 +593,15 @@ impl Metrics {
                 outcome: post.as_str(),
             })
             .inc();
+    }
+
+    /// Counts spans of traces.
+    pub fn trace_spans(&self, outcome: SpanOutcome, count: u64) {
+        self.trace_spans
+            .get_or_create(&PostLabels {
+                outcome: outcome.as_str(),
+            })
+            .inc_by(count);
     }
 
     /// Everything as text in the OpenMetrics format that Prometheus reads, with the current

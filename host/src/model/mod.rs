@@ -24,6 +24,7 @@ pub mod role;
 pub mod signature;
 pub mod sql;
 pub mod subject;
+pub mod trace_context;
 pub mod units;
 pub mod verdict;
 pub mod visible;

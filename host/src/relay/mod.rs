@@ -26,6 +26,7 @@ use crate::drain::Stopping;
 use crate::fault;
 use crate::metrics::{Metrics, OutputOutcome};
 use crate::store::{OutboxRow, Published, RelayMode, Store, StoreError, Unpublished};
+use crate::traces::Traces;
 
 mod breakers;
 mod duplicates;
@@ -36,6 +37,7 @@ mod recovered;
 mod repair;
 mod state;
 mod subjects;
+mod trace;
 mod wal;
 
 use breakers::Breakers;
@@ -47,6 +49,7 @@ use recorder::Recorder;
 pub use repair::{Repair, is_lost};
 pub use state::{BreakerState, RefusedSubject, RelayState};
 use subjects::{Refusal, SubjectBreakers};
+use trace::RunningPublish;
 pub use wal::{RelayModeController, WalChannels, WalRelay};
 use wal::{WalAction, WalOutputs};
 
@@ -167,6 +170,7 @@ pub struct Relay {
     /// Whether an output with waiters was published. A poll right after its record finds the
     /// waiters sooner than the next tick.
     has_waiters: bool,
+    traces: Traces,
 }
 
 /// An output with the result of its publish.
@@ -177,6 +181,8 @@ struct FinishedPublish {
     /// The highest sequence of that stream at the time of sending.
     highest_sequence: u64,
     result: PublishResult,
+    /// Its span, if its trace is recorded.
+    trace: Option<RunningPublish>,
 }
 
 type InFlightPublishes = FuturesUnordered<BoxFuture<'static, FinishedPublish>>;
@@ -188,6 +194,7 @@ impl Relay {
         bus: Bus,
         metrics: Arc<Metrics>,
         state: Arc<RelayState>,
+        traces: Traces,
     ) -> (Self, RelayHandle, WalChannels) {
         let (sender, handed_over) = mpsc::channel(HAND_OVER_MAX);
         let (to_relay, from_wal) = mpsc::channel(1);
@@ -218,6 +225,7 @@ impl Relay {
             order_since: None,
             repair_wait_since: None,
             has_waiters: false,
+            traces,
         };
         (
             relay,
@@ -455,6 +463,7 @@ impl Relay {
                 .and_then(|stream| self.highest_sequences.get(stream))
                 .copied()
                 .unwrap_or_default();
+            let trace = RunningPublish::start(&self.traces, &output.row);
             let ack = self.bus.begin_publish(outgoing(&output.row), connection);
             let duplicates = self.duplicates.clone();
             let span = tracing::debug_span!(
@@ -471,6 +480,7 @@ impl Relay {
                     stream,
                     highest_sequence,
                     result,
+                    trace,
                 }
             };
             in_flight.push(Box::pin(publish.instrument(span)));
@@ -499,7 +509,11 @@ impl Relay {
             stream,
             highest_sequence,
             result,
+            trace,
         } = publish;
+        if let Some(trace) = trace {
+            trace.finish(&self.traces, &row, &result);
+        }
         let now = Instant::now();
         let error = match result {
             Ok(ack) => return self.published(&row, ack, highest_sequence),

@@ -14,7 +14,7 @@ use crate::alarms::WebhookClient;
 use crate::alarms::{monitor, webhook};
 use crate::bus::{Bus, LEADER_TIMEOUT};
 use crate::cache::{Cache, feed};
-use crate::config::{CacheSettings, HostConfig};
+use crate::config::{CacheSettings, HostConfig, TraceSettings};
 use crate::drain::{Stopping, TaskGroup};
 use crate::fault;
 use crate::guest::GuestEngine;
@@ -27,9 +27,13 @@ use crate::model::signature::PublicKeys;
 use crate::relay::{Relay, RelayModeController, RelayState, Repair, WalRelay};
 use crate::services::{RelayLink, Services};
 use crate::store::Store;
+use crate::traces::Traces;
 
 /// How long closing the database connections may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the export of the last spans may take.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The settings of a host.
 pub struct HostOptions {
@@ -41,6 +45,7 @@ pub struct HostOptions {
     pub cache: CacheSettings,
     /// The keys by which components have to be signed; `None` if unsigned ones may run.
     pub component_keys: Option<PublicKeys>,
+    pub traces: TraceSettings,
 }
 
 /// The tasks of a running host, in the order of shutdown.
@@ -113,11 +118,14 @@ impl Parts {
         stopping: Stopping,
     ) -> Result<Self> {
         let metrics = Arc::<Metrics>::default();
+        let traces = Traces::start(&options.traces, store.installation(), Arc::clone(&metrics))
+            .context("set up the export of traces")?;
         let (relay, relay_handle, wal_channels) = Relay::new(
             Arc::clone(&store),
             bus.clone(),
             Arc::clone(&metrics),
             Arc::clone(&relay_state),
+            traces.clone(),
         );
         let wal = store.wal().map(|wal| {
             let controller =
@@ -148,6 +156,7 @@ impl Parts {
             bus.clone(),
             options.admission,
             cache.clone(),
+            traces.clone(),
         );
         let services = Services {
             store,
@@ -156,6 +165,7 @@ impl Parts {
             component_keys: options.component_keys,
             cache,
             metrics,
+            traces,
             health: Arc::default(),
             relay_state,
             relay: RelayLink::new(relay_handle),
@@ -307,6 +317,7 @@ impl HostTasks {
         let in_time = tokio::time::timeout(limit, drained).await;
 
         lease.drain().await;
+        host.services.traces.flush(FLUSH_TIMEOUT).await;
         // A server that delays commits delays the close as well.
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, host.services.store.close()).await;
         in_time.with_context(|| {

@@ -233,6 +233,7 @@ impl Runner {
         });
         let call = Call {
             messages: vec![call.message],
+            traces: Vec::new(),
             worker: Arc::clone(&self.worker),
             config: Arc::clone(&self.config),
             version: 1,

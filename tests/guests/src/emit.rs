@@ -1,7 +1,8 @@
 //! Sends `n` messages to `subject`, each with its number as the body.
 //!
 //! Options: `{"n": 1, "subject": "out.x", "id": null, "ordering_key": null, "delay_ms": null,
-//! "exact_id": null}`. The number is appended to an `id`; an `exact_id` is used unchanged.
+//! "exact_id": null, "body": null}`. The number is appended to an `id`; an `exact_id` is used
+//! unchanged. A `body` is sent instead of the numbers, in one message.
 
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ struct Options {
     ordering_key: Option<String>,
     delay_ms: Option<u64>,
     exact_id: Option<String>,
+    body: Option<String>,
 }
 
 impl Default for Options {
@@ -28,14 +30,19 @@ impl Default for Options {
             ordering_key: None,
             delay_ms: None,
             exact_id: None,
+            body: None,
         }
     }
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
     let options: Options = crate::options(message)?;
-    for number in 0..options.n {
-        let mut outgoing = Outgoing::new(&options.subject, number.to_string());
+    let bodies = match &options.body {
+        Some(body) => vec![body.clone()],
+        None => (0..options.n).map(|number| number.to_string()).collect(),
+    };
+    for (number, body) in bodies.into_iter().enumerate() {
+        let mut outgoing = Outgoing::new(&options.subject, body);
         if let Some(id) = &options.id {
             outgoing = outgoing.id(format!("{id}-{number}"));
         }

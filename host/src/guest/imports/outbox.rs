@@ -14,6 +14,7 @@ use crate::model::message::{
     self, DELAY_MAX, EVENT_ID_MAX, Headers, Message, Output, OutputKind, output_id,
 };
 use crate::model::subject;
+use crate::model::trace_context::{self, OutputTrace};
 
 impl outbox::Host for CallState {
     async fn send(
@@ -89,6 +90,8 @@ impl CallState {
             .iter()
             .filter(|output| output.event_id == cause.event_id)
             .count();
+        let trace = self.output_trace(cause);
+        let trace = trace.filter(|_| !trace_context::has_trace(&outgoing.headers));
         let mut output = Output {
             kind: if outgoing.id.is_some() {
                 OutputKind::Chosen
@@ -110,6 +113,10 @@ impl CallState {
             .map_err(|why| {
                 outbox::Error::Other(format!("the output to `{}`: {why}", output.subject))
             })?;
+        // After the checks: traces do not change which outputs are accepted.
+        if let Some(trace) = trace {
+            trace.set(&mut output.headers, &worker.name, &output.id);
+        }
         if let Some(events) = &worker.cloudevents {
             events.apply(&mut output, self.call.now);
             self.check_size(&output)?;
@@ -141,6 +148,13 @@ impl CallState {
                 .ok_or_else(|| "this call has no message".to_owned()),
         };
         cause.map(AsRef::as_ref).map_err(outbox::Error::Other)
+    }
+
+    /// The trace of the outputs of a message; none when traces are off.
+    fn output_trace(&self, cause: &Message) -> Option<&OutputTrace> {
+        let traced = self.call.messages.iter().zip(&self.call.traces);
+        let mut traced = traced.filter(|(message, _)| std::ptr::eq(message.as_ref(), cause));
+        traced.next().map(|(_, trace)| trace)
     }
 
     fn id_for(
@@ -198,10 +212,7 @@ impl CallState {
 /// Copies the trace context of the message, unless the handler set one.
 fn with_trace(mut headers: Headers, cause: &Message) -> Headers {
     // A `tracestate` is valid only with its own `traceparent`.
-    if ["traceparent", "tracestate"]
-        .into_iter()
-        .any(|name| message::header(&headers, name).is_some())
-    {
+    if trace_context::has_trace(&headers) {
         return headers;
     }
     let Some(parent) = cause
