@@ -328,6 +328,10 @@ async fn no_changing_request_is_without_an_activity() -> Result<()> {
             "/v1/dead-letters/close",
             json!({ "ids": [1], "action": "resolve", "by": {} }),
         ),
+        (
+            "/v1/audit",
+            json!({ "since": "2026-01-01T00:00:00Z", "repair": true }),
+        ),
         ("/v1/dead-letters/jobs", json!({ "ids": [1] })),
         (
             "/v1/dead-letters/jobs/{id}/change",

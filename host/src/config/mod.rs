@@ -47,7 +47,7 @@ pub const HTTP_ADDRESS: &str = "127.0.0.1:7480";
 
 /// Every setting by its key in the file. Its flag is `--key` with hyphens, its variable is
 /// `ONCELY_KEY`.
-pub(crate) const SETTINGS: [&str; 38] = [
+pub(crate) const SETTINGS: [&str; 39] = [
     "database",
     "pool_size",
     "guest_sql",

@@ -204,7 +204,7 @@ pub(super) async fn unpublished_notices(db: &mut Db) -> Result<BTreeSet<(String,
     let sql = Sql {
         postgres: "select worker, event_id from oncely.outbox
          where published_at is null and via = 'poll' and subject like 'oncely.dlq.%'
-         union select outbox.worker, event_id from oncely.wal_backlog() join oncely.outbox using (seq)
+         union select outbox.worker, event_id from oncely.unrecorded_output join oncely.outbox using (seq)
          where subject like 'oncely.dlq.%'
          union select worker, event_id from oncely.dropped_output where subject like 'oncely.dlq.%'",
         sqlite: "select worker, event_id from oncely_outbox
@@ -272,7 +272,7 @@ pub(super) async fn published_from_wal(
          select outbox.seq, outbox.id, record.stream, published.sequence as stream_sequence, record.number,
              (extract(epoch from record.published_at) * 1000000)::bigint as published_at
          from record cross join unnest(record.seqs, record.sequences) as published (seq, sequence)
-             left join oncely.outbox on outbox.seq = published.seq and outbox.via = 'wal'
+             left join oncely.outbox on outbox.seq = published.seq and outbox.via <> 'poll'
          order by record.published_at, record.number",
         "read outputs published from the WAL by age",
     );
@@ -322,7 +322,7 @@ pub(super) async fn recorded(
          select outbox.seq, outbox.id, record.stream, record.stream_sequence,
              (extract(epoch from record.published_at) * 1000000)::bigint
          from oncely.outbox cross join lateral oncely.find_relay_record(outbox.seq) as record
-         where outbox.seq = any($2) and outbox.via = 'wal' and record.stream = $1",
+         where outbox.seq = any($2) and outbox.via <> 'poll' and record.stream = $1",
         sqlite: "select seq, id, stream, stream_sequence, published_at from oncely_outbox
          where seq in (select value from json_each($2)) and stream = $1",
         doing: "read published outputs again",
