@@ -1,6 +1,10 @@
 //! The checks of each request before its page runs, and the headers of each response after it.
 //!
 //! No page can be reached without them: the guard wraps the whole router of the console.
+#![allow(
+    clippy::result_large_err,
+    reason = "a refusal is a complete response, made at most once for a request"
+)]
 
 use std::sync::Arc;
 use std::time::Instant;
