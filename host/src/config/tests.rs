@@ -711,7 +711,8 @@ fn the_collector_of_traces_is_validated() {
 #[test]
 fn the_share_of_recorded_traces_is_validated() {
     let share = |share: &str| {
-        resolve(&["--traces-sampling", share], &[]).map(|config| config.traces.sample_below())
+        resolve(&[], &[("ONCELY_TRACES_SAMPLING", share)])
+            .map(|config| config.traces.sample_below())
     };
     assert_eq!(share("0").unwrap(), 0);
     assert_eq!(share("0.5").unwrap(), 1 << 62);

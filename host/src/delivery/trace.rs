@@ -263,9 +263,8 @@ impl Delivery {
     /// again, without a spent attempt.
     pub(super) fn record_lost_runs(&self, group: &[BatchItem]) {
         for item in group {
-            let trace = item.trace.as_ref();
-            let has_run = |trace: &&Box<ItemTrace>| trace.handler.is_some();
-            if let Some(trace) = trace.filter(has_run).filter(|trace| trace.trace.is_sampled) {
+            let trace = item.trace.as_ref().filter(|trace| trace.trace.is_sampled);
+            if let Some(trace) = trace.filter(|trace| trace.handler.is_some()) {
                 let error = Some("database-unavailable".to_owned());
                 self.record_message(item, trace, "interrupted", error);
             }
