@@ -68,7 +68,7 @@ fn who(entry: &ActivityRecord) -> String {
 /// The outcome, with the reason of a failure or the note of the change.
 fn outcome(entry: &ActivityRecord) -> String {
     let state = entry.outcome.as_deref().unwrap_or("unknown");
-    let note = entry.details["note"].as_str();
+    let note = entry.details.get("note").and_then(|note| note.as_str());
     match entry.error.as_deref().or(note) {
         Some(detail) => format!("{state}: {detail}"),
         None => state.to_owned(),

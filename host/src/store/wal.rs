@@ -69,7 +69,7 @@ pub enum WalEvent {
     /// An output of a committed transaction. Other sessions may not see either of them yet.
     Output {
         /// The output, as written by its transaction.
-        row: OutboxRow,
+        row: Box<OutboxRow>,
         /// The lower 32 bits of the transaction's id.
         transaction: u32,
     },

@@ -483,7 +483,7 @@ impl WalSession {
         match event {
             WalEvent::Output { row, transaction } => {
                 self.tracker.output(row.seq);
-                self.pending.push(row, transaction);
+                self.pending.push(*row, transaction);
             }
             WalEvent::Committed { end, at } => self.tracker.committed(end, at),
             WalEvent::Passed(end) => self.tracker.passed(end),

@@ -73,8 +73,10 @@ impl Reader {
                     .context("decode the WAL")
                     .map_err(StoreError::Unavailable)?;
                 let transaction = self.transaction;
-                row.filter(|_| !self.is_old)
-                    .map(|row| WalEvent::Output { row, transaction })
+                row.filter(|_| !self.is_old).map(|row| WalEvent::Output {
+                    row: Box::new(row),
+                    transaction,
+                })
             }
             ReplicationEvent::Commit {
                 end_lsn,
