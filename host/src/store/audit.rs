@@ -253,9 +253,9 @@ pub(super) async fn published(
     Ok((found, next))
 }
 
-/// Like [`published`], for outputs that were published from the WAL. A page has up to `limit`
-/// records, each of several outputs.
-pub(super) async fn published_from_wal(
+/// Like [`published`], for outputs of groups or from the WAL. A page has up to `limit` records,
+/// each of several outputs.
+pub(super) async fn published_in_records(
     db: &mut Db,
     after: Cursor,
     limit: u32,
@@ -274,7 +274,7 @@ pub(super) async fn published_from_wal(
          from record cross join unnest(record.seqs, record.sequences) as published (seq, sequence)
              left join oncely.outbox on outbox.seq = published.seq and outbox.via <> 'poll'
          order by record.published_at, record.number",
-        "read outputs published from the WAL by age",
+        "read the records of published outputs by age",
     );
     let [at, number] = after.params();
     let params = [at, number, Param::Int(limit.into())];

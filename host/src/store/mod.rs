@@ -447,7 +447,7 @@ impl Store {
         let mut db = self.read_by_index().await?;
         let found = match from_wal {
             false => audit::published(&mut db, after, limit).await?,
-            true => audit::published_from_wal(&mut db, after, limit.div_ceil(100)).await?,
+            true => audit::published_in_records(&mut db, after, limit.div_ceil(100)).await?,
         };
         db.commit().await?;
         Ok(found)
