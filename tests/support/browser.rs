@@ -1,7 +1,6 @@
 //! A headless Chromium, controlled by chromedriver over the WebDriver protocol.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::server::free_port;
+use crate::server::{Server, free_port};
 
 /// Timeout for the start of the browser, and for a page.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -29,7 +28,7 @@ pub struct Browser {
     http: reqwest::Client,
     /// The address of the session.
     session: String,
-    _driver: Driver,
+    _driver: Server,
     _profile: TempDir,
 }
 
@@ -44,7 +43,7 @@ impl Browser {
             .tempdir()
             .context("create a folder")?;
         let port = free_port()?;
-        let driver = Driver::start(port)?;
+        let driver = start_driver(port)?;
         let http = reqwest::Client::builder()
             .no_proxy()
             .timeout(PATIENCE)
@@ -229,34 +228,14 @@ impl Browser {
     }
 }
 
-/// The driver with its browser, in a process group of their own. A shell kills the group when the
-/// pipe from this process closes: the driver alone would leave the browser behind.
-struct Driver {
-    shell: Child,
-}
-
-impl Driver {
-    fn start(port: u16) -> Result<Self> {
-        let script = format!(
-            "setsid chromedriver --port={port} --log-level=SEVERE & pid=$!; read _; \
-             kill -KILL -$pid; wait $pid"
-        );
-        let shell = Command::new("sh")
-            .args(["-c", &script])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("start chromedriver; `make install-tools` installs it")?;
-        Ok(Driver { shell })
-    }
-}
-
-impl Drop for Driver {
-    fn drop(&mut self) {
-        drop(self.shell.stdin.take());
-        let _ = self.shell.wait();
-    }
+/// Starts the driver, in a process group of its own. The group is killed at the end: the driver
+/// alone would leave its browser behind.
+fn start_driver(port: u16) -> Result<Server> {
+    let script = format!(
+        "setsid chromedriver --port={port} --log-level=SEVERE & pid=$!; read _; \
+         kill -KILL -$pid; wait $pid"
+    );
+    Server::run(&script).context("start chromedriver; `make install-tools` installs it")
 }
 
 /// Waits for the driver and begins a session.

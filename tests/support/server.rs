@@ -22,8 +22,13 @@ impl Server {
             "{command} & pid=$!; read _; kill -INT $pid 2>/dev/null; wait $pid 2>/dev/null; rm -rf '{}'",
             folder.display()
         );
+        Server::run(&script)
+    }
+
+    /// Runs a shell script that stops its server when its standard input ends.
+    pub fn run(script: &str) -> anyhow::Result<Self> {
         let shell = Command::new("sh")
-            .args(["-c", &script])
+            .args(["-c", script])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
