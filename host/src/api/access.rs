@@ -167,12 +167,23 @@ impl Authenticator {
     }
 
     /// An active token. However many requests come, the tokens are read ten times per second at
-    /// most.
+    /// most; an unknown token waits for the next time.
     async fn find(
         &self,
         pick: impl Fn(&HashMap<Vec<u8>, TokenRecord>) -> Option<&TokenRecord>,
     ) -> anyhow::Result<Option<TokenRecord>> {
         let mut known = self.known.lock().await;
+        let wait = known
+            .read_at
+            .and_then(|read_at| UNKNOWN_TOKEN_INTERVAL.checked_sub(read_at.elapsed()));
+        if pick(&known.tokens).is_none()
+            && let Some(wait) = wait
+        {
+            // It may have been created since the tokens were read.
+            drop(known);
+            tokio::time::sleep(wait).await;
+            known = self.known.lock().await;
+        }
         let may_be = match pick(&known.tokens).is_some() {
             true => TOKENS_KNOWN_FOR,
             false => UNKNOWN_TOKEN_INTERVAL,

@@ -68,6 +68,7 @@ pub async fn redrive(
             .first()
             .and_then(|current| stale_reason(&planned, current));
         if let Some(why) = stale {
+            let why = format!("dead letter {id} was not redriven: {why}");
             return visitor.go(&console, &format!("/dead-letters/{id}/dry-run"), Err(why));
         }
     }

@@ -107,7 +107,7 @@ both!(
                 )
             })
             .collect();
-        let by_ada = ["dlq redrive", "dlq redrive", "dlq edit"].map(|verb| (verb, "ada"));
+        let by_ada = ["dlq redrive", "dlq edit"].map(|verb| (verb, "ada"));
         assert_eq!(actions, by_ada, "{activity}");
         let body = Page::of(visit.get("/dead-letters/1/body?edit=0")).await?;
         assert_eq!(body.text, corrected);
