@@ -118,12 +118,23 @@ impl Services {
             .hint(SIGN_HINT)
     }
 
-    /// Stores a component, after checking that it is a worker. Returns its digest. With keys, it is
-    /// compiled after the check of its signature, by the plan.
+    /// Stores a component, after checking that it is a worker. Returns its digest.
     pub async fn add_component(&self, wasm: Bytes) -> Result<String> {
-        if self.component_keys.is_none() {
-            self.load(wasm.clone()).await?;
+        self.check_component(wasm.clone()).await?;
+        self.store_component(wasm).await
+    }
+
+    /// Checks that a component is a worker. With keys, it is compiled after the check of its
+    /// signature, by the plan. Dropping the future cancels that.
+    pub async fn check_component(&self, wasm: Bytes) -> Result<()> {
+        match self.component_keys {
+            None => self.load(wasm).await.map(drop),
+            Some(_) => Ok(()),
         }
+    }
+
+    /// Stores a checked component. Returns its digest.
+    pub async fn store_component(&self, wasm: Bytes) -> Result<String> {
         let digest = hex::encode(Sha256::digest(&wasm));
         self.store.put_component(&digest, &wasm).await?;
         Ok(digest)

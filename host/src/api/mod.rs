@@ -281,10 +281,12 @@ pub struct Uploaded {
 
 /// Stores a component, after checking that it is a worker.
 async fn upload(State(host): State<Arc<Host>>, caller: Caller, wasm: Bytes) -> ApiResult<Uploaded> {
+    // Before the activity: compiling ends with its client.
+    host.services.check_component(wasm.clone()).await?;
     let activity = on_object("upload", "component", json!({ "bytes": wasm.len() }));
     let services = Arc::clone(&host.services);
     let change = async move {
-        let digest = services.add_component(wasm).await?;
+        let digest = services.store_component(wasm).await?;
         let recorded = json!({ "digest": digest });
         Ok((Uploaded { digest }, recorded))
     };
