@@ -292,6 +292,19 @@ async fn outputs_of_a_group_have_different_outcomes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_without_outputs_is_deleted() {
+    let world = World::postgres().await;
+    let rows = append(&world, &outputs(3), SHORT).await;
+    // As after the record of a late host, output by output.
+    let places: Vec<Published> = rows.iter().map(place).collect();
+    world.store.mark_published(&places).await.unwrap();
+    assert_eq!(unpublished(&world).await.0, 3);
+    assert_eq!(lease(&world).await, []);
+    assert_eq!(world.count_directly("oncely.outbox_group").await, 0);
+    assert_eq!(unpublished(&world).await, (0, None));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn groups_of_a_stopped_host_are_released() {
     let world = World::postgres().await;
     world.store.renew_lease().await.unwrap();

@@ -308,7 +308,8 @@ pub(in crate::store) async fn release(
 }
 
 /// Leases groups whose lease has ended, oldest first, with at least `limit` outputs if there are as
-/// many. Returns their outputs like [`lease`], except that no output is blocked.
+/// many. Returns their outputs like [`lease`], except that no output is blocked. A group without
+/// outputs is deleted.
 pub(in crate::store) async fn lease_groups(
     session: &mut Session,
     limit: u32,
@@ -316,15 +317,20 @@ pub(in crate::store) async fn lease_groups(
 ) -> Result<(Vec<OutboxRow>, Vec<(i64, Unpublished)>)> {
     let query = session.query(
         "with due as materialized (
-             select number, leased_until, cardinality(seqs) as size from oncely.outbox_group
+             select number, seqs, leased_until, cardinality(seqs) as size from oncely.outbox_group
              where leased_until <= pg_catalog.now() order by leased_until, number limit $1 for update skip locked
          ), picked as materialized (
-             select number, pg_catalog.sum(size) over (order by leased_until, number) - size as before from due
+             select number, pg_catalog.sum(size) over (order by leased_until, number) - size as before, exists (
+                     select from unnest(seqs) as member (seq) join oncely.outbox on outbox.seq = member.seq and via = 'group'
+                 ) as has_outputs
+             from due
+         ), emptied as (
+             delete from oncely.outbox_group using picked where outbox_group.number = picked.number and not has_outputs
          ), leased as (
              update oncely.outbox_group
              set leased_until = pg_catalog.now() + $2 * interval '1 microsecond',
                  leased_by = nullif(pg_catalog.current_setting('oncely.instance', true), '')::bigint
-             from picked where outbox_group.number = picked.number and before < $1
+             from picked where outbox_group.number = picked.number and before < $1 and has_outputs
              returning outbox_group.number, seqs
          )
          select outbox.seq, id, outbox.worker, subject, headers, body, ordering_key, failures,
