@@ -25,9 +25,12 @@ async fn failing_world() -> Result<World> {
     let world = World::start(Kind::Sqlite, &manifest(&settings)?).await?;
     let mut messages: Vec<NewMessage> = (1..=20).map(NewMessage::insert).collect();
     messages.extend(["f1", "f2", "f3"].map(failing));
-    let reject = r#"{"code": "unknown-account", "message": "there is no account 4711"}"#;
-    messages.push(NewMessage::new("in.y", "r1", "reject", reject));
     world.nats.publish_all(messages).await?;
+    // The failures are dead letters 1 to 3, and the refusal is the fourth.
+    world.until(OPEN, 3).await?;
+    let reject = r#"{"code": "unknown-account", "message": "there is no account 4711"}"#;
+    let rejected = NewMessage::new("in.y", "r1", "reject", reject);
+    world.nats.publish_all(vec![rejected]).await?;
     world.until(OPEN, 4).await?;
     world.quiet(24).await?;
     Ok(world)
