@@ -75,7 +75,7 @@ async fn audit(world: &World, arguments: &[&str]) -> Result<Report> {
     Ok(report)
 }
 
-/// Shortens the dedupe windows, within which a stream refuses what was removed from it.
+/// Shortens the dedupe windows, within which a stream refuses removed messages.
 async fn shorten_windows(world: &World) -> Result<jetstream::Context> {
     let context = jetstream::new(world.nats.client().await?);
     for name in ["OUT", "ONCELY_DLQ"] {

@@ -1,4 +1,4 @@
-//! Callers of the control API: who they are, and what they may do.
+//! Callers of the control API: their tokens and their roles.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -59,7 +59,7 @@ pub struct Difference {
     pub output: Option<i64>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub dead_letter: Option<i64>,
-    /// What is wrong.
+    /// The finding, in words.
     pub found: String,
     /// What to do.
     pub action: String,

@@ -71,7 +71,7 @@ pub struct Audit {
     /// The number of all differences, and how many of them were repaired.
     pub total: u64,
     pub repaired: u64,
-    /// What was not checked.
+    /// The parts that were not checked, in words.
     pub notes: Vec<String>,
 }
 

@@ -16,7 +16,7 @@ pub const SESSION_LIFETIME: Duration = Duration::from_secs(12 * 60 * 60);
 /// How long a code for one login is valid.
 const CODE_LIFETIME: Duration = Duration::from_secs(60 * 60);
 
-/// The most sessions, and the most codes. The one that ends first makes room for a new one.
+/// The most sessions, and the most codes. A new one replaces the one that ends first.
 const KEPT_MAX: usize = 1000;
 
 type Sha256Digest = [u8; 32];

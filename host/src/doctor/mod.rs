@@ -43,7 +43,7 @@ pub struct Finding {
     /// The name of the check.
     pub check: String,
     pub level: Level,
-    /// What was found.
+    /// The observation, in words.
     pub found: String,
     /// Why it matters.
     pub reason: String,

@@ -405,7 +405,7 @@ impl Relay {
         // If the connection changes in the meantime, these outputs are not sent over the new one.
         let connection = *self.connection.borrow();
         if self.waits_for_repair() {
-            // The check covers only what is recorded.
+            // The check covers only recorded outputs.
             self.recorder.dissolve_groups();
             return;
         }
