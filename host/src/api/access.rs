@@ -287,7 +287,8 @@ impl Caller {
     }
 }
 
-fn bearer_token(headers: &HeaderMap) -> &str {
+/// The token in the `Authorization` header; empty if there is none.
+pub fn bearer_token(headers: &HeaderMap) -> &str {
     headers
         .get(header::AUTHORIZATION)
         .and_then(|value| value.to_str().ok())

@@ -40,7 +40,7 @@ pub mod operate;
 pub mod outbox;
 pub mod tokens;
 
-pub use access::{Authenticator, Caller, STATED_NAME_HEADER, StatedBy};
+pub use access::{Authenticator, Caller, STATED_NAME_HEADER, StatedBy, bearer_token};
 use activity::{on_object, on_worker, recorded};
 
 /// The maximum body of requests other than component uploads, in bytes.
@@ -48,9 +48,7 @@ const BODY_MAX: usize = 16 << 20;
 
 /// The routes of the control API. Everything below `/v1` requires `Authorization: Bearer {token}`,
 /// with the token of the host or a named one.
-pub fn router(host: Arc<Host>, token: &str) -> Router {
-    let store = Arc::clone(&host.services.store);
-    let authenticator = Arc::new(Authenticator::new(token, store));
+pub fn router(host: Arc<Host>, authenticator: Arc<Authenticator>) -> Router {
     let mut authenticated = Router::new();
     for endpoint in endpoints::all() {
         authenticated = authenticated.route(endpoint.path, endpoint.guarded());

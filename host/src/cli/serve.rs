@@ -18,7 +18,7 @@ use super::exit::Exit;
 use super::log_line::SingleLineWriter;
 use super::signals::Signals;
 use crate::alarms::WebhookClient;
-use crate::api;
+use crate::api::{self, Authenticator};
 use crate::bus::Bus;
 use crate::config::{Database, GuestSql, HostConfig, HttpLimits, LogFormat, RelayMode};
 use crate::console::{self, Console};
@@ -116,9 +116,12 @@ impl HostProcess {
         let (host, running) = Host::start(store, bus, engine, options).await?;
 
         // Serve the control API and the console.
-        let console = Console::new(Arc::clone(&host), token.reveal(), &config.console_names);
+        let store = Arc::clone(&host.services.store);
+        let authenticator = Arc::new(Authenticator::new(token.reveal(), store));
+        let (for_console, names) = (Arc::clone(&authenticator), &config.console_names);
+        let console = Console::new(Arc::clone(&host), for_console, names);
         let pages = console::router(Arc::clone(&console));
-        control_api.set(api::router(Arc::clone(&host), token.reveal()).merge(pages));
+        control_api.set(api::router(Arc::clone(&host), authenticator).merge(pages));
 
         // Serve the ingress.
         let stop_ingress = Stop::new();

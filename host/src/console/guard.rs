@@ -21,7 +21,7 @@ use super::identity::Session;
 use super::page;
 use super::problem::{Problem, ProblemBody};
 use super::visitor::{Visitor, wants_json};
-use crate::api::{ApiError, Caller};
+use crate::api::{ApiError, Caller, bearer_token};
 use crate::model::role::Role;
 
 /// The largest form, in bytes. An edited body is in it, percent-encoded.
@@ -149,8 +149,7 @@ async fn log_in(
         return Ok(Visitor::of_session(id, session, flash, is_json, uri));
     }
     if method.is_safe()
-        && let Some(token) = bearer_token(headers)
-        && let Some(caller) = identify(console, token)
+        && let Some(caller) = identify(console, bearer_token(headers))
             .await
             .map_err(IntoResponse::into_response)?
     {
@@ -199,11 +198,6 @@ fn check_role(visitor: &Visitor, method: &Method, path: &str) -> Result<(), Resp
     }
     let refused = visitor.caller.refused(&format!("{method} {path}"), needed);
     Err(Problem::from(refused).into_response())
-}
-
-/// The token in the `Authorization` header.
-pub fn bearer_token(headers: &HeaderMap) -> Option<&str> {
-    text(headers, header::AUTHORIZATION).and_then(|value| value.strip_prefix("Bearer "))
 }
 
 /// The id in the cookie.

@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 
 use super::Console;
 use super::fields::Fields;
-use super::guard::{bearer_token, identify, session_cookie, session_id};
+use super::guard::{identify, session_cookie, session_id};
 use super::identity::{Flash, SESSION_LIFETIME};
 use super::page::Page;
-use crate::api::{ApiError, ApiResult, Caller};
+use crate::api::{ApiError, ApiResult, Caller, bearer_token};
 use crate::model::hint::WithHint as _;
 
 /// The form. With a valid code it logs in at once.
@@ -62,8 +62,7 @@ pub struct LoginLink {
 
 /// A link for the holder of a token, who may not want to type it.
 pub async fn link(State(console): State<Arc<Console>>, headers: HeaderMap) -> ApiResult<LoginLink> {
-    let token = bearer_token(&headers).unwrap_or_default();
-    let Some(caller) = console.authenticator.caller(token).await? else {
+    let Some(caller) = console.authenticator.caller(bearer_token(&headers)).await? else {
         let error = anyhow!("the token is missing or wrong")
             .hint("pass a token with --token or ONCELY_TOKEN");
         return Err(ApiError(StatusCode::UNAUTHORIZED, error));

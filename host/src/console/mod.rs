@@ -49,7 +49,7 @@ use problem::Problem;
 /// The console of one host.
 pub struct Console {
     host: Arc<Host>,
-    authenticator: Authenticator,
+    authenticator: Arc<Authenticator>,
     sessions: Sessions,
     /// Names of this host besides those of the machine itself, in lower case.
     names: Vec<String>,
@@ -57,10 +57,10 @@ pub struct Console {
 
 impl Console {
     /// The console of a host, for holders of its token or of a named one.
-    pub fn new(host: Arc<Host>, token: &str, names: &[String]) -> Arc<Self> {
+    pub fn new(host: Arc<Host>, authenticator: Arc<Authenticator>, names: &[String]) -> Arc<Self> {
         Arc::new(Console {
-            authenticator: Authenticator::new(token, Arc::clone(&host.services.store)),
             host,
+            authenticator,
             sessions: Sessions::default(),
             names: names.iter().map(|name| name.to_ascii_lowercase()).collect(),
         })

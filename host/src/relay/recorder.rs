@@ -76,35 +76,31 @@ impl Recorder {
 
     /// Adds a published output.
     pub fn published(&mut self, published: Published) {
-        match self.wal.keys.remove(&published.seq) {
+        if self.wal.keys.remove(&published.seq).is_some() {
             // Without a reader the outcome is lost, and the next reader receives the output again.
-            Some(_) => drop(self.wal.outcomes.send(WalOutcome::Published(published))),
-            None => match self.groups.take(published.seq) {
-                Some(number) => {
-                    let closed = self
-                        .groups
-                        .add(number, |group| group.published.push(published));
-                    self.closed_groups.extend(closed);
-                }
-                None => self.published.push(published),
-            },
+            drop(self.wal.outcomes.send(WalOutcome::Published(published)));
+        } else if let Some(number) = self.groups.take(published.seq) {
+            let closed = self
+                .groups
+                .add(number, |group| group.published.push(published));
+            self.closed_groups.extend(closed);
+        } else {
+            self.published.push(published);
         }
     }
 
     /// Adds outputs that were not published.
     pub fn unpublished(&mut self, rows: impl IntoIterator<Item = (i64, Unpublished)>) {
         for (seq, outcome) in rows {
-            match self.wal.keys.remove(&seq) {
-                Some(key) => self.wal.unpublished(seq, key, outcome),
-                None => match self.groups.take(seq) {
-                    Some(number) => {
-                        let closed = self
-                            .groups
-                            .add(number, |group| group.unpublished.push((seq, outcome)));
-                        self.closed_groups.extend(closed);
-                    }
-                    None => self.unpublished.push((seq, outcome)),
-                },
+            if let Some(key) = self.wal.keys.remove(&seq) {
+                self.wal.unpublished(seq, key, outcome);
+            } else if let Some(number) = self.groups.take(seq) {
+                let closed = self
+                    .groups
+                    .add(number, |group| group.unpublished.push((seq, outcome)));
+                self.closed_groups.extend(closed);
+            } else {
+                self.unpublished.push((seq, outcome));
             }
         }
     }
