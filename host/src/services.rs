@@ -67,16 +67,6 @@ impl RelayLink {
 }
 
 impl Services {
-    /// The active deployment of a worker; `None` if it has none.
-    pub async fn active_deployment(&self, worker: &str) -> Result<Option<DeploymentRecord>> {
-        Ok(self
-            .store
-            .active_deployments()
-            .await?
-            .into_iter()
-            .find(|deployment| deployment.worker == worker))
-    }
-
     /// The manifests of the active deployments; unreadable ones are omitted.
     pub async fn deployed_workers(&self) -> Result<Vec<Worker>> {
         let deployments = self.store.active_deployments().await?;
@@ -179,7 +169,7 @@ impl Services {
 
     /// The active deployment of a worker, ready to run; `None` if it has none.
     pub async fn active_delivery(&self, worker: &str) -> Result<Option<Delivery>> {
-        match self.active_deployment(worker).await? {
+        match self.store.active_deployment(worker).await? {
             Some(deployment) => Ok(Some(self.prepare(&deployment).await?)),
             None => Ok(None),
         }

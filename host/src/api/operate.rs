@@ -62,7 +62,14 @@ pub async fn resume(
         let host = Arc::clone(&host);
         async move {
             let was_paused = host.services.store.resume_worker(&worker).await?;
-            if !was_paused && host.services.active_deployment(&worker).await?.is_none() {
+            if !was_paused
+                && host
+                    .services
+                    .store
+                    .active_deployment(&worker)
+                    .await?
+                    .is_none()
+            {
                 return Err(worker_not_found(&worker));
             }
             host.notify_deployed();

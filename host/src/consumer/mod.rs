@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
-use crate::bus::{Bus, DeliveredMessage, Probe, PullConsumer, Subscription, UnhandledMessages};
+use crate::bus::{Bus, DeliveredMessage, Probe, PullConsumer, Subscription};
 use crate::config::manifest::{OnFailure, Worker};
 use crate::delivery::Delivery;
 use crate::delivery::concurrency_limit::ConcurrencyLimit;
@@ -155,12 +155,6 @@ impl RunningWorker {
         self.is_subscribed.load(Ordering::Relaxed)
     }
 
-    /// Messages on the stream that are not handled yet. `None` when the server does not answer
-    /// within a second.
-    pub async fn unhandled(&self) -> Option<UnhandledMessages> {
-        unhandled(&self.probe).await
-    }
-
     /// A probe of its consumer.
     pub fn probe(&self) -> Probe {
         self.probe.clone()
@@ -178,13 +172,6 @@ impl RunningWorker {
             tracing::error!(worker = self.worker.name, error = %error, "worker task failed");
         }
     }
-}
-
-/// Messages on the stream that are not handled yet. `None` when the server does not answer within a
-/// second.
-async fn unhandled(probe: &Probe) -> Option<UnhandledMessages> {
-    let unhandled = tokio::time::timeout(Duration::from_secs(1), probe.unhandled()).await;
-    unhandled.ok()?.ok()
 }
 
 /// The subscriptions of a worker: to its stream, and to its redrives.

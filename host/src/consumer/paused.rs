@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 use tokio::task::JoinHandle;
 
 use super::in_flight::InFlightMessages;
-use super::{RunningWorker, WorkerCounters, subscription, unhandled};
-use crate::bus::{Bus, Probe, UnhandledMessages};
+use super::{RunningWorker, WorkerCounters, subscription};
+use crate::bus::{Bus, Probe};
 use crate::delivery::Delivery;
 use crate::relay::RelayHandle;
 
@@ -68,10 +68,9 @@ impl PausedWorker {
             .map_or(0, |(messages, _)| messages.len())
     }
 
-    /// Messages on the stream that are not handled yet. `None` when the server does not answer
-    /// within a second.
-    pub async fn unhandled(&self) -> Option<UnhandledMessages> {
-        unhandled(&self.probe).await
+    /// A probe of its consumer.
+    pub fn probe(&self) -> Probe {
+        self.probe.clone()
     }
 
     /// Waits until it is drained.

@@ -18,6 +18,7 @@ use futures::StreamExt;
 use jiff::{SignedDuration, Timestamp};
 
 use super::Host;
+use super::health_checks::PROBE_CONCURRENCY;
 use crate::bus::{OtherInstallation, StoredWatermark, WATERMARK_STREAM, watermark_stream};
 use crate::config::manifest::Worker;
 use crate::drain::Stopping;
@@ -236,30 +237,12 @@ impl Host {
         before: Option<&Watermark>,
     ) -> Result<BrokerState> {
         let mut seen = BrokerState::default();
-        for worker in workers {
-            let Some(stream) = &worker.stream else {
-                continue;
-            };
-            let probe = self
-                .services
-                .bus
-                .probe(stream, &worker.subjects, &worker.durable());
-            let floor = match probe.ack_floor().await {
-                Ok(floor) => floor.map(|floor| AckFloor {
-                    stream: stream.clone(),
-                    sequence: floor.sequence,
-                    subjects: floor.subjects,
-                    skipped_up_to: floor.skipped_up_to,
-                }),
-                Err(error) => {
-                    let error = format!("{error:#}");
-                    tracing::debug!(worker = worker.name, error, "consumer not readable");
-                    before.and_then(|before| before.seen.consumers.get(&worker.name).cloned())
-                }
-            };
-            seen.consumers
-                .extend(floor.map(|floor| (worker.name.clone(), floor)));
-        }
+        let floors: Vec<_> = futures::stream::iter(workers)
+            .map(|worker| self.ack_floor(worker, before))
+            .buffer_unordered(PROBE_CONCURRENCY)
+            .collect()
+            .await;
+        seen.consumers.extend(floors.into_iter().flatten());
 
         // Streams after consumers: a stream ends at or above every ack floor read before.
         let streams: BTreeSet<&String> = workers
@@ -278,6 +261,33 @@ impl Host {
             seen.streams.extend(end.map(|end| (name.clone(), end)));
         }
         Ok(seen)
+    }
+
+    /// The position of a worker's consumer, by its name; none without a stream or a consumer.
+    async fn ack_floor(
+        &self,
+        worker: &Worker,
+        before: Option<&Watermark>,
+    ) -> Option<(String, AckFloor)> {
+        let stream = worker.stream.as_ref()?;
+        let probe = self
+            .services
+            .bus
+            .probe(stream, &worker.subjects, &worker.durable());
+        let floor = match probe.ack_floor().await {
+            Ok(floor) => floor.map(|floor| AckFloor {
+                stream: stream.clone(),
+                sequence: floor.sequence,
+                subjects: floor.subjects,
+                skipped_up_to: floor.skipped_up_to,
+            }),
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::debug!(worker = worker.name, error, "consumer not readable");
+                before.and_then(|before| before.seen.consumers.get(&worker.name).cloned())
+            }
+        };
+        Some((worker.name.clone(), floor?))
     }
 
     async fn stream_end(&self, name: &str) -> Result<Option<StreamEnd>> {

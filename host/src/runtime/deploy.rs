@@ -90,6 +90,7 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
     changes.extend(due.iter().map(|name| format!("+ migration {name}")));
     let active = host
         .services
+        .store
         .active_deployment(&proposal.worker.name)
         .await?;
 
@@ -150,6 +151,7 @@ pub async fn deploy(host: &Host, proposal: &Proposal) -> Result<(Plan, Deploymen
     if plan.changes.is_empty()
         && let Some(active) = host
             .services
+            .store
             .active_deployment(&proposal.worker.name)
             .await?
     {
@@ -183,6 +185,7 @@ pub async fn deploy(host: &Host, proposal: &Proposal) -> Result<(Plan, Deploymen
 pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<DeploymentRecord> {
     let active = host
         .services
+        .store
         .active_deployment(worker)
         .await?
         .ok_or_else(|| anyhow!("there is no worker `{worker}`"))

@@ -42,7 +42,7 @@ const COMMIT_PROBE_WAIT: Duration = Duration::from_secs(1);
 const BROKER_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// How many consumers are inspected concurrently.
-const PROBE_CONCURRENCY: usize = 16;
+pub(super) const PROBE_CONCURRENCY: usize = 16;
 
 /// How long the database may fail before an alarm is raised.
 const ALARM_AFTER: Duration = Duration::from_secs(2);

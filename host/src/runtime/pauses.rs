@@ -111,7 +111,13 @@ impl Host {
 
     /// How far a worker is drained, on all hosts. None if it is not deployed.
     pub async fn drain_status(&self, worker: &str) -> Result<Option<DrainStatus>> {
-        if self.services.active_deployment(worker).await?.is_none() {
+        if self
+            .services
+            .store
+            .active_deployment(worker)
+            .await?
+            .is_none()
+        {
             return Ok(None);
         }
         let pauses = self.services.store.pauses().await?;

@@ -65,7 +65,7 @@ impl Host {
     /// The worker does not exist, or still runs on a host after 30 seconds.
     pub async fn retire(&self, worker: &str, keep_consumers: bool) -> Result<RetiredWorker> {
         // A worker that is retired already may still have consumers.
-        let newest = match self.services.active_deployment(worker).await? {
+        let newest = match self.services.store.active_deployment(worker).await? {
             Some(active) => Some(active),
             None => self
                 .services

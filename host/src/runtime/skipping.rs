@@ -221,7 +221,7 @@ impl Host {
 
     /// A deployed worker that takes messages, and its stream.
     async fn message_worker(&self, worker: &str) -> Result<(Worker, String)> {
-        let active = self.services.active_deployment(worker).await?;
+        let active = self.services.store.active_deployment(worker).await?;
         let active = active
             .ok_or_else(|| anyhow!("there is no deployed worker `{worker}`"))
             .hint("oncely workers")?;

@@ -82,11 +82,13 @@ impl Host {
             return;
         }
         // Meanwhile another version may have been activated, or the worker retired.
-        let is_active = |active: &DeploymentRecord| {
-            active.worker == deployment.worker && active.version == deployment.version
-        };
-        match self.services.store.active_deployments().await {
-            Ok(active) if active.iter().any(is_active) => {}
+        match self
+            .services
+            .store
+            .active_deployment(&deployment.worker)
+            .await
+        {
+            Ok(Some(active)) if active.version == deployment.version => {}
             _ => {
                 workers.retain(|name, slot| *name != deployment.worker || slot.running.is_some());
                 return;

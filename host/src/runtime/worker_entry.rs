@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::{RunState, WorkerState};
-use crate::bus::{ConsumerState, UnhandledMessages};
+use crate::bus::{ConsumerState, Probe};
 use crate::config::manifest::Worker;
 use crate::consumer::{PausedWorker, RunningWorker, WorkerCounters};
 use crate::ingress::HttpWorker;
@@ -68,11 +68,11 @@ impl WorkerRuntime {
         }
     }
 
-    /// The unhandled messages on its stream; none when unknown, or without a stream.
-    pub(super) async fn unhandled(&self) -> Option<UnhandledMessages> {
+    /// A probe of its consumer; none without a stream.
+    pub(super) fn probe(&self) -> Option<Probe> {
         match self {
-            WorkerRuntime::Messages(running) => running.unhandled().await,
-            WorkerRuntime::Paused(paused) => paused.unhandled().await,
+            WorkerRuntime::Messages(running) => Some(running.probe()),
+            WorkerRuntime::Paused(paused) => Some(paused.probe()),
             WorkerRuntime::Requests(_) => None,
         }
     }

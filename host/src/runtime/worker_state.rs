@@ -4,13 +4,21 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use futures::StreamExt;
+use tokio::time::Instant;
 
+use super::health_checks::PROBE_CONCURRENCY;
+use super::worker_entry::Slot;
 use super::{Hold, Host};
 use crate::alarms::monitor::HostState;
+use crate::bus::{Probe, UnhandledMessages};
 use crate::metrics::{Measured, MeasuredOutbox, MeasuredWal, MeasuredWorker};
 use crate::model::alarm::{Alarm, Kind};
 use crate::services::age;
 use crate::store::{OutboxLag, Pause, RelayMode};
+
+/// How long the server has to answer the queries of all consumers.
+const UNHANDLED_WITHIN: Duration = Duration::from_secs(1);
 
 /// The state of one worker on a host.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
@@ -93,16 +101,16 @@ impl Host {
     /// Like [`Host::workers`], with the pending messages of their streams.
     pub async fn workers_with_backlog(&self) -> Vec<WorkerState> {
         let is_held = self.hold().is_some();
-        let workers = self.workers.lock().await;
-        let mut states = Vec::new();
-        for (name, slot) in workers.iter() {
-            let mut state = slot.state(name, is_held);
-            if let Some(running) = &slot.running {
-                let unhandled = running.unhandled().await;
-                state.pending = unhandled.map(|unhandled| unhandled.messages);
-                state.oldest_pending_ms = unhandled.and_then(age).map(|age| age.as_millis() as u64);
-            }
-            states.push(state);
+        let (mut states, probes): (Vec<_>, Vec<_>) = self
+            .workers
+            .lock()
+            .await
+            .iter()
+            .map(|(name, slot)| (slot.state(name, is_held), probe(slot)))
+            .unzip();
+        for (state, unhandled) in states.iter_mut().zip(unhandled(probes.into_iter()).await) {
+            state.pending = unhandled.map(|unhandled| unhandled.messages);
+            state.oldest_pending_ms = unhandled.and_then(age).map(|age| age.as_millis() as u64);
         }
         states
     }
@@ -157,21 +165,28 @@ impl Host {
     }
 
     async fn measure_workers(&self) -> Vec<MeasuredWorker> {
-        let workers = self.workers.lock().await;
-        let running = workers
+        let (mut measured, probes): (Vec<_>, Vec<_>) = self
+            .workers
+            .lock()
+            .await
             .values()
-            .filter_map(|slot| Some((slot.running.as_ref()?, slot.pause.is_some())));
-        let measured = running.map(|(running, is_paused)| async move {
-            let unhandled = running.unhandled().await;
-            MeasuredWorker {
-                worker: running.worker().name.clone(),
-                is_paused,
-                in_flight: running.in_flight(),
-                unhandled: unhandled.map(|unhandled| unhandled.messages),
-                oldest: unhandled.map(|unhandled| age(unhandled).unwrap_or_default()),
-            }
-        });
-        futures::future::join_all(measured).await
+            .filter_map(|slot| {
+                let running = slot.running.as_ref()?;
+                let worker = MeasuredWorker {
+                    worker: running.worker().name.clone(),
+                    is_paused: slot.pause.is_some(),
+                    in_flight: running.in_flight(),
+                    unhandled: None,
+                    oldest: None,
+                };
+                Some((worker, running.probe()))
+            })
+            .unzip();
+        for (worker, unhandled) in measured.iter_mut().zip(unhandled(probes.into_iter()).await) {
+            worker.unhandled = unhandled.map(|unhandled| unhandled.messages);
+            worker.oldest = unhandled.map(|unhandled| age(unhandled).unwrap_or_default());
+        }
+        measured
     }
 
     /// The state of this host that alarms depend on.
@@ -195,6 +210,24 @@ impl Host {
             paused: paused.collect(),
         }
     }
+}
+
+/// A probe of the consumer of a worker that runs; none without a stream.
+fn probe(slot: &Slot) -> Option<Probe> {
+    slot.running.as_ref()?.probe()
+}
+
+/// The messages that each probe finds unhandled, in order; none when unknown.
+async fn unhandled(probes: impl Iterator<Item = Option<Probe>>) -> Vec<Option<UnhandledMessages>> {
+    let end = Instant::now() + UNHANDLED_WITHIN;
+    let query = |probe: Option<Probe>| async move {
+        let unhandled = tokio::time::timeout_at(end, probe?.unhandled()).await;
+        unhandled.ok()?.ok()
+    };
+    futures::stream::iter(probes.map(query))
+        .buffered(PROBE_CONCURRENCY)
+        .collect()
+        .await
 }
 
 fn measured_outbox(lag: OutboxLag) -> MeasuredOutbox {

@@ -204,6 +204,25 @@ pub(super) async fn active(db: &mut Db) -> Result<Vec<DeploymentRecord>> {
     rows.iter().map(rows::deployment).collect()
 }
 
+/// The active deployment of one worker.
+pub(super) async fn active_of(db: &mut Db, worker: &str) -> Result<Option<DeploymentRecord>> {
+    let sql = Sql {
+        postgres: "select deployment.worker, deployment.version, digest, manifest,
+             (extract(epoch from created_at) * 1000000)::bigint as created_at
+         from oncely.worker
+             join oncely.deployment on deployment.worker = worker.name and deployment.version = worker.version
+         where worker.name = $1",
+        sqlite: "select deployment.worker, deployment.version, digest, manifest, created_at
+         from oncely_worker as worker
+             join oncely_deployment as deployment
+             on deployment.worker = worker.name and deployment.version = worker.version
+         where worker.name = $1",
+        doing: "read the active deployment of a worker",
+    };
+    let row = db.fetch_optional(sql, &[Param::Text(worker)]).await?;
+    row.as_ref().map(rows::deployment).transpose()
+}
+
 /// The newest deployment of every worker, retired ones included, by name.
 pub(super) async fn newest(db: &mut Db) -> Result<Vec<DeploymentRecord>> {
     let sql = Sql {

@@ -644,6 +644,14 @@ impl Store {
         Ok(found)
     }
 
+    /// The active deployment of a worker; `None` if it has none.
+    pub async fn active_deployment(&self, worker: &str) -> Result<Option<DeploymentRecord>> {
+        let mut db = self.read().await?;
+        let found = deployments::active_of(&mut db, worker).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
     /// The newest deployment of every worker, retired ones included, by name.
     pub async fn newest_deployments(&self) -> Result<Vec<DeploymentRecord>> {
         let mut db = self.read().await?;
