@@ -336,3 +336,33 @@ both!(
         Ok(())
     }
 );
+
+// Otherwise the dead letter of the other body would settle the event, and the first message could
+// not be retried.
+both!(
+    another_body_with_the_event_id_waits_while_the_first_is_retried,
+    |kind: Kind| async move {
+        let harness = DeliveryHarness::new(kind, "[worker.retry]\nattempts = 3\n").await?;
+        let first = message("e", "fail_once", "");
+        let other = message("e", "insert", r#"{"n": 0}"#);
+        let delivered = harness.deliver(&[first.clone(), other.clone()]).await?;
+        assert!(
+            matches!(
+                delivered.verdicts.as_slice(),
+                [Verdict::Retry { .. }, Verdict::Wait { .. }]
+            ),
+            "{:?}",
+            delivered.verdicts
+        );
+        let delivered = harness.deliver(&[first, other]).await?;
+        assert!(
+            matches!(
+                delivered.verdicts.as_slice(),
+                [Verdict::Done(_), Verdict::Dead(_)]
+            ),
+            "{:?}",
+            delivered.verdicts
+        );
+        Ok(())
+    }
+);

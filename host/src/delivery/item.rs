@@ -158,18 +158,18 @@ impl BatchItem {
         version: u32,
     ) -> Vec<(usize, Verdict)> {
         let wait = |after| Verdict::Wait { after };
-        let verdict_of = |duplicate: &Duplicate| {
-            if duplicate.message.payload_sha256() != self.message.payload_sha256() {
-                let dead_letter = reused_id(&duplicate.message, worker, version);
-                return Verdict::Dead(Box::new(dead_letter));
-            }
-            match verdict {
-                Verdict::Done(settled) | Verdict::Duplicate(settled) => {
-                    Verdict::Duplicate(*settled)
+        // The event id is that of the item only once the item is settled. A dead letter for another
+        // body before that would settle the event, and the item could not be retried.
+        let verdict_of = |duplicate: &Duplicate| match verdict {
+            Verdict::Done(settled) | Verdict::Duplicate(settled) => {
+                if duplicate.message.payload_sha256() == self.message.payload_sha256() {
+                    return Verdict::Duplicate(*settled);
                 }
-                Verdict::Retry { after, .. } => wait(*after),
-                Verdict::Wait { .. } | Verdict::Blocked | Verdict::Dead(_) => wait(DUPLICATE_WAIT),
+                let dead_letter = reused_id(&duplicate.message, worker, version);
+                Verdict::Dead(Box::new(dead_letter))
             }
+            Verdict::Retry { after, .. } => wait(*after),
+            Verdict::Wait { .. } | Verdict::Blocked | Verdict::Dead(_) => wait(DUPLICATE_WAIT),
         };
         let duplicates = self.duplicates.iter();
         duplicates
