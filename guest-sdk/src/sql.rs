@@ -82,6 +82,25 @@ pub fn execute(statement: &str, params: &[Value]) -> Result<u64, Error> {
     wit::execute(statement, params).map_err(Error::new)
 }
 
+/// Runs a statement later, without a result: before the next [`query`] or [`execute`], and in any
+/// case before the commit. The deferred statements of many messages reach the database together, so
+/// this is the fastest way to write.
+///
+/// ```no_run
+/// # use oncely_guest::prelude::*;
+/// # fn example(order: &str) -> Result<(), Failure> {
+/// sql::defer("insert into seen (id) values ($1) on conflict do nothing", params![order])?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// The host refused the statement. An error from the database comes later: the delivery is rolled
+/// back, and the next statement of this message returns the error.
+pub fn defer(statement: &str, params: &[Value]) -> Result<(), Error> {
+    wit::defer(statement, params).map_err(Error::new)
+}
+
 /// The database of the worker.
 pub fn dialect() -> Dialect {
     wit::get_dialect()

@@ -9,6 +9,8 @@ pub enum Work {
     StateInOrder,
     /// Writes two rows with one statement and sends a message.
     Sql,
+    /// Like `Sql`, with a deferred statement.
+    DeferredSql,
     /// Like `Sql`, with one statement for a batch of messages.
     BulkSql,
 }
@@ -103,7 +105,7 @@ const fn host(
 ) -> Contender {
     let baseline = Some(match work {
         Work::State | Work::StateInOrder => "state, by hand",
-        Work::Sql | Work::BulkSql => "sql, by hand",
+        Work::Sql | Work::DeferredSql | Work::BulkSql => "sql, by hand",
     });
     Contender {
         name,
@@ -212,6 +214,12 @@ pub const CONTENDERS: &[Contender] = &[
         "one statement and a fresh instance per message",
         SQL,
         Work::Sql,
+    ),
+    host(
+        "sql, deferred",
+        "the statement is deferred",
+        SQL,
+        Work::DeferredSql,
     ),
     host(
         "sql, isolation = batch",

@@ -126,7 +126,7 @@ async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Resu
                 json!({ "key": key, "value": value, "version": value }),
             )
         }
-        Work::Sql | Work::BulkSql => {
+        Work::Sql | Work::DeferredSql | Work::BulkSql => {
             let nonce = uuid::Uuid::new_v4().simple().to_string();
             sqlx::query("insert into hand.effect values ($1, $2, $3, $6), ($1, $4, $5, $6)")
                 .bind(event_id)

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use oncely::config::CompileSettings;
 use oncely::config::manifest::{Manifest, ResolvedConfig, Worker};
 use oncely::guest::{
-    CacheReader, CachedValue, Call, Database, Guest, GuestEngine, Recorder, WarmInstance,
+    CacheReader, CachedValue, Call, Database, Deferral, Guest, GuestEngine, Recorder, WarmInstance,
 };
 use oncely::model::keyed_state::{BatchState, StateSlot};
 use oncely::model::message::Message;
@@ -142,6 +142,22 @@ impl Database for Nothing {
         _params: Vec<Value>,
     ) -> Result<std::result::Result<u64, SqlError>> {
         anyhow::bail!("there is no database")
+    }
+
+    async fn defer(
+        &self,
+        _statement: String,
+        _params: Vec<Value>,
+    ) -> Result<std::result::Result<Deferral, SqlError>> {
+        anyhow::bail!("there is no database")
+    }
+
+    async fn run_deferred(&self) -> Result<std::result::Result<(), SqlError>> {
+        Ok(Ok(()))
+    }
+
+    async fn end_call(&self) -> Result<std::result::Result<(), SqlError>> {
+        Ok(Ok(()))
     }
 
     async fn load_state(&self, _key: String) -> Result<StateSlot> {

@@ -152,7 +152,7 @@ impl Lane {
         }
         let outputs = match self.work {
             Work::State | Work::StateInOrder => count(&mut tx, &messages).await?,
-            Work::Sql | Work::BulkSql => insert(&mut tx, &messages).await?,
+            Work::Sql | Work::DeferredSql | Work::BulkSql => insert(&mut tx, &messages).await?,
         };
         let encoded: Vec<Value> = outputs
             .iter()

@@ -232,6 +232,7 @@ pub fn message(contender: &Contender, n: usize) -> NewMessage {
         (Mix::PoisonAfterSql(_), _) if is_odd => "insert,reject",
         (_, Work::State | Work::StateInOrder) => "state_counter",
         (_, Work::Sql) => "insert",
+        (_, Work::DeferredSql) => "defer",
         (_, Work::BulkSql) => "bulk",
     };
     // A duplicate follows its original after some batches.

@@ -49,6 +49,20 @@ static oncely_result insert(const oncely_message *message, options given) {
     return oncely_ok();
 }
 
+static oncely_result defer(const oncely_message *message, options given) {
+    (void)message;
+    const oncely_json_value *statement = oncely_json_get(given, "statements")->first;
+    for (; statement != NULL; statement = statement->next) {
+        oncely_bytes text, param;
+        if (!oncely_json_string(oncely_json_get(statement, "sql"), &text) ||
+            !oncely_json_string(oncely_json_get(statement, "params")->first, &param)) {
+            return oncely_reject(NULL, "a statement has a text and a parameter");
+        }
+        ONCELY_TRY(oncely_sql_defer(text.data, ONCELY_PARAMS(oncely_text(param.data))));
+    }
+    return oncely_ok();
+}
+
 static oncely_result emit(const oncely_message *message, options given) {
     (void)message;
     oncely_bytes key;
@@ -174,6 +188,7 @@ static const struct {
     oncely_result (*run)(const oncely_message *message, options given);
 } BEHAVIOURS[] = {
     {"insert", insert},
+    {"defer", defer},
     {"emit", emit},
     {"echo", echo},
     {"fail_until", fail_until},

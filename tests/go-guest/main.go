@@ -41,10 +41,15 @@ type options struct {
 	Value       string  `json:"value"`
 	Select      string  `json:"select"`
 	AsText      string  `json:"as_text"`
+	Statements  []struct {
+		SQL    string `json:"sql"`
+		Params []any  `json:"params"`
+	} `json:"statements"`
 }
 
 var behaviours = map[string]func(oncely.Message, options) error{
 	"insert":        insert,
+	"defer":         deferred,
 	"emit":          emit,
 	"echo":          echo,
 	"fail_until":    failUntil,
@@ -91,6 +96,15 @@ func insert(message oncely.Message, given options) error {
 	for ordinal := range given.N {
 		body := map[string]any{"event_id": message.ID, "ordinal": ordinal}
 		if err := outbox.SendJSON(given.subject("out.effect"), body); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func deferred(_ oncely.Message, given options) error {
+	for _, statement := range given.Statements {
+		if err := sql.Defer(statement.SQL, statement.Params...); err != nil {
 			return err
 		}
 	}

@@ -122,7 +122,24 @@ async fn conforms(component: &Path) -> Result<World> {
     every_value_keeps_its_type(&world).await?;
     state_has_versions(&world).await?;
     outputs_keep_what_was_sent(&world).await?;
+    deferred_statements_belong_to_the_message(&world).await?;
     Ok(world)
+}
+
+async fn deferred_statements_belong_to_the_message(world: &World) -> Result<()> {
+    let once = |id: &str| json!({ "sql": "insert into once (id) values ($1)", "params": [id] });
+    let good = json!({ "statements": [once("a"), once("b"), once("c"), once("d"), once("e")] });
+    publish(world, "deferred", "defer", &good).await?;
+    let bad = json!({ "statements": [once("f"), once("f")] });
+    publish(world, "violates", "defer", &bad).await?;
+    let dead = "select count(*) from oncely.dead_letter
+        where event_id = 'violates' and code = 'constraint-violation'";
+    world.until(dead, 1).await?;
+    let ids = world
+        .database
+        .rows("select id from app_default.once order by 1");
+    assert_eq!(ids.await?, [["a"], ["b"], ["c"], ["d"], ["e"]]);
+    Ok(())
 }
 
 async fn publish(world: &World, event_id: &str, behaviour: &str, options: &Value) -> Result<()> {

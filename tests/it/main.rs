@@ -38,6 +38,7 @@ mod compile;
 mod conformance;
 mod console;
 mod crash;
+mod deferred;
 mod delivery;
 mod deploy;
 mod deploy_plan;

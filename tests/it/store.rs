@@ -36,6 +36,7 @@ macro_rules! on_every_database {
 mod alarms;
 mod changes;
 mod dead_letters;
+mod deferred;
 mod deployments;
 mod groups;
 mod guest_sql;

@@ -34,6 +34,12 @@ function insert(message) {
   }
 }
 
+function defer(message) {
+  for (const statement of options(message).statements) {
+    sql.defer(statement.sql, ...statement.params);
+  }
+}
+
 /** Sixteen random bytes. An instance that begins with a copied generator repeats them. */
 function nonceOf() {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
@@ -99,6 +105,7 @@ function sql_values(message) {
 
 const BEHAVIOURS = {
   insert,
+  defer,
   emit,
   echo,
   fail_until,

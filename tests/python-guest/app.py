@@ -37,6 +37,11 @@ def insert(message: Message) -> None:
         outbox.send(given["subject"], {"event_id": message.id, "ordinal": ordinal})
 
 
+def defer(message: Message) -> None:
+    for statement in options(message)["statements"]:
+        sql.defer(statement["sql"], *statement["params"])
+
+
 def emit(message: Message) -> None:
     given = options(message)
     delay = given.get("delay_ms")
@@ -111,6 +116,7 @@ BEHAVIOURS = {
         panic,
         state_counter,
         state_cas,
+        defer,
         sql_values,
     )
 }

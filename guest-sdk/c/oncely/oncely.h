@@ -230,6 +230,12 @@ ONCELY_CHECKED bool oncely_sql_query(const char *statement, const oncely_value *
 ONCELY_CHECKED bool oncely_sql_execute(const char *statement, const oncely_value *params,
                                        size_t param_count, uint64_t *changed);
 
+// Runs a statement later, without a result: before the next query or execute, and in any case
+// before the commit. The deferred statements of many messages reach the database together. An error
+// from the database fails the message, and its next statement returns it.
+ONCELY_CHECKED bool oncely_sql_defer(const char *statement, const oncely_value *params,
+                                     size_t param_count);
+
 // Whether the database is SQLite rather than PostgreSQL.
 bool oncely_sql_is_sqlite(void);
 

@@ -337,6 +337,10 @@ bool oncely_sql_execute(const char *text, const oncely_value *params, size_t par
     return true;
 }
 
+bool oncely_sql_defer(const char *text, const oncely_value *params, size_t param_count) {
+    return oncely_sql_execute(text, params, param_count, NULL);
+}
+
 bool oncely_sql_is_sqlite(void) {
     return true;
 }

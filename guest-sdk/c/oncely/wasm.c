@@ -264,6 +264,13 @@ bool oncely_sql_execute(const char *statement, const oncely_value *params, size_
     return true;
 }
 
+bool oncely_sql_defer(const char *statement, const oncely_value *params, size_t param_count) {
+    bindings_string_t text = string_of(statement);
+    oncely_worker_sql_list_value_t given = params_of(params, param_count);
+    oncely_worker_sql_error_t error;
+    return oncely_worker_sql_defer(&text, &given, &error) || sql_fail(error);
+}
+
 bool oncely_sql_is_sqlite(void) {
     return oncely_worker_sql_get_dialect() == ONCELY_WORKER_SQL_DIALECT_SQLITE;
 }

@@ -87,6 +87,10 @@ const host = {
     const encoded = params(values);
     return numberOrBigInt(call(() => witSql.execute(statement, encoded), sqlError));
   },
+  defer: (statement, values) => {
+    const encoded = params(values);
+    call(() => witSql.defer(statement, encoded), sqlError);
+  },
   dialect: () => witSql.getDialect(),
 
   cacheGet: (key) => call(() => witCache.get(key), cacheError) ?? undefined,

@@ -46,5 +46,12 @@ export function queryOne<Row = Record<string, Value>>(
 /** Runs a statement and returns the number of changed rows. */
 export function execute(statement: string, ...params: Parameter[]): number;
 
+/**
+ * Runs a statement later, without a result: before the next `query` or `execute`, and in any case
+ * before the commit. The deferred statements of many messages reach the database together. An error
+ * from the database fails the message, and its next statement throws it.
+ */
+export function defer(statement: string, ...params: Parameter[]): void;
+
 /** The database of the worker. */
 export function dialect(): "postgres" | "sqlite";

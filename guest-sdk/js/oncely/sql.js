@@ -39,6 +39,10 @@ export function execute(statement, ...params) {
   return backend().execute(statement, params);
 }
 
+export function defer(statement, ...params) {
+  backend().defer(statement, params);
+}
+
 export function dialect() {
   return backend().dialect();
 }

@@ -194,6 +194,10 @@ class Delivery {
     });
   }
 
+  defer(statement, params) {
+    this.execute(statement, params);
+  }
+
   /** A failed statement fails the delivery, even if the handler catches the exception. */
   #run(statement) {
     try {

@@ -144,6 +144,13 @@ def execute(statement: str, params: tuple[Any, ...]) -> int:
         raise _sql_error(error.value) from None
 
 
+def defer(statement: str, params: tuple[Any, ...]) -> None:
+    try:
+        wit_sql.defer(statement, _params(params))
+    except Err as error:
+        raise _sql_error(error.value) from None
+
+
 def dialect() -> str:
     return wit_sql.get_dialect().name.lower()
 

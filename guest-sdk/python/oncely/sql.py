@@ -56,6 +56,16 @@ def execute(statement: str, *params: Any) -> int:
     return backend().execute(statement, params)
 
 
+def defer(statement: str, *params: Any) -> None:
+    """Runs a statement later, without a result: before the next `query` or `execute`, and in any
+    case before the commit.
+
+    The deferred statements of many messages reach the database together. An error from the
+    database fails the message, and is raised by its next statement.
+    """
+    backend().defer(statement, params)
+
+
 def dialect() -> str:
     """`postgres` or `sqlite`."""
     return backend().dialect()

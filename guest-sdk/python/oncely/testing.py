@@ -132,6 +132,9 @@ class Host:
     def execute(self, statement: str, params: tuple[Any, ...]) -> int:
         return max(0, self._run(statement, params).rowcount)
 
+    def defer(self, statement: str, params: tuple[Any, ...]) -> None:
+        self._run(statement, params)
+
     def _run(self, statement: str, params: tuple[Any, ...]) -> sqlite3.Cursor:
         forms = [_values.encode(value)[1] for value in params]
         # The module reads `$1` as a name, and `?1` as a number.

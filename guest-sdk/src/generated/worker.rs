@@ -2641,6 +2641,478 @@ pub mod oncely {
                     result63
                 }
             }
+            #[allow(unused_unsafe, clippy::all)]
+            /// Runs a statement later, without a result: after the earlier statements of this delivery,
+            /// before its next `query` or `execute`, and in any case before the commit. The deferred
+            /// statements of many messages reach the database in one round trip.
+            ///
+            /// A statement that the host refuses fails at once. An error from the database dooms the
+            /// delivery as ever. It is returned by the next `query`, `execute` or `defer` of this delivery,
+            /// if there is one.
+            #[allow(async_fn_in_trait)]
+            pub fn defer(
+                statement: &str,
+                params: &[Value],
+            ) -> ::core::result::Result<(), Error> {
+                unsafe {
+                    #[cfg_attr(target_pointer_width = "64", repr(align(8)))]
+                    #[cfg_attr(target_pointer_width = "32", repr(align(4)))]
+                    struct RetArea(
+                        [::core::mem::MaybeUninit<
+                            u8,
+                        >; 9 * ::core::mem::size_of::<*const u8>()],
+                    );
+                    let mut ret_area = RetArea(
+                        [::core::mem::MaybeUninit::uninit(); 9
+                            * ::core::mem::size_of::<*const u8>()],
+                    );
+                    let vec0 = statement;
+                    let ptr0 = vec0.as_ptr().cast::<u8>();
+                    let len0 = vec0.len();
+                    let vec8 = params;
+                    let len8 = vec8.len();
+                    let layout8 = _rt::alloc::Layout::from_size_align(
+                            vec8.len() * (8 + 2 * ::core::mem::size_of::<*const u8>()),
+                            8,
+                        )
+                        .unwrap();
+                    let (result8, _cleanup8) = wit_bindgen::rt::Cleanup::new(layout8);
+                    for (i, e) in vec8.into_iter().enumerate() {
+                        let base = result8
+                            .add(i * (8 + 2 * ::core::mem::size_of::<*const u8>()));
+                        {
+                            match e {
+                                Value::Null => {
+                                    *base.add(0).cast::<u8>() = (0i32) as u8;
+                                }
+                                Value::Boolean(e) => {
+                                    *base.add(0).cast::<u8>() = (1i32) as u8;
+                                    *base.add(8).cast::<u8>() = (match e {
+                                        true => 1,
+                                        false => 0,
+                                    }) as u8;
+                                }
+                                Value::Int64(e) => {
+                                    *base.add(0).cast::<u8>() = (2i32) as u8;
+                                    *base.add(8).cast::<i64>() = _rt::as_i64(e);
+                                }
+                                Value::Float64(e) => {
+                                    *base.add(0).cast::<u8>() = (3i32) as u8;
+                                    *base.add(8).cast::<f64>() = _rt::as_f64(e);
+                                }
+                                Value::Decimal(e) => {
+                                    *base.add(0).cast::<u8>() = (4i32) as u8;
+                                    let vec1 = e;
+                                    let ptr1 = vec1.as_ptr().cast::<u8>();
+                                    let len1 = vec1.len();
+                                    *base
+                                        .add(8 + 1 * ::core::mem::size_of::<*const u8>())
+                                        .cast::<usize>() = len1;
+                                    *base.add(8).cast::<*mut u8>() = ptr1.cast_mut();
+                                }
+                                Value::Text(e) => {
+                                    *base.add(0).cast::<u8>() = (5i32) as u8;
+                                    let vec2 = e;
+                                    let ptr2 = vec2.as_ptr().cast::<u8>();
+                                    let len2 = vec2.len();
+                                    *base
+                                        .add(8 + 1 * ::core::mem::size_of::<*const u8>())
+                                        .cast::<usize>() = len2;
+                                    *base.add(8).cast::<*mut u8>() = ptr2.cast_mut();
+                                }
+                                Value::Bytes(e) => {
+                                    *base.add(0).cast::<u8>() = (6i32) as u8;
+                                    let vec3 = e;
+                                    let ptr3 = vec3.as_ptr().cast::<u8>();
+                                    let len3 = vec3.len();
+                                    *base
+                                        .add(8 + 1 * ::core::mem::size_of::<*const u8>())
+                                        .cast::<usize>() = len3;
+                                    *base.add(8).cast::<*mut u8>() = ptr3.cast_mut();
+                                }
+                                Value::Uuid(e) => {
+                                    *base.add(0).cast::<u8>() = (7i32) as u8;
+                                    let vec4 = e;
+                                    let ptr4 = vec4.as_ptr().cast::<u8>();
+                                    let len4 = vec4.len();
+                                    *base
+                                        .add(8 + 1 * ::core::mem::size_of::<*const u8>())
+                                        .cast::<usize>() = len4;
+                                    *base.add(8).cast::<*mut u8>() = ptr4.cast_mut();
+                                }
+                                Value::Json(e) => {
+                                    *base.add(0).cast::<u8>() = (8i32) as u8;
+                                    let vec5 = e;
+                                    let ptr5 = vec5.as_ptr().cast::<u8>();
+                                    let len5 = vec5.len();
+                                    *base
+                                        .add(8 + 1 * ::core::mem::size_of::<*const u8>())
+                                        .cast::<usize>() = len5;
+                                    *base.add(8).cast::<*mut u8>() = ptr5.cast_mut();
+                                }
+                                Value::Timestamp(e) => {
+                                    *base.add(0).cast::<u8>() = (9i32) as u8;
+                                    *base.add(8).cast::<i64>() = _rt::as_i64(e);
+                                }
+                                Value::Date(e) => {
+                                    *base.add(0).cast::<u8>() = (10i32) as u8;
+                                    let vec6 = e;
+                                    let ptr6 = vec6.as_ptr().cast::<u8>();
+                                    let len6 = vec6.len();
+                                    *base
+                                        .add(8 + 1 * ::core::mem::size_of::<*const u8>())
+                                        .cast::<usize>() = len6;
+                                    *base.add(8).cast::<*mut u8>() = ptr6.cast_mut();
+                                }
+                                Value::Time(e) => {
+                                    *base.add(0).cast::<u8>() = (11i32) as u8;
+                                    let vec7 = e;
+                                    let ptr7 = vec7.as_ptr().cast::<u8>();
+                                    let len7 = vec7.len();
+                                    *base
+                                        .add(8 + 1 * ::core::mem::size_of::<*const u8>())
+                                        .cast::<usize>() = len7;
+                                    *base.add(8).cast::<*mut u8>() = ptr7.cast_mut();
+                                }
+                            }
+                        }
+                    }
+                    let ptr9 = ret_area.0.as_mut_ptr().cast::<u8>();
+                    #[cfg(target_arch = "wasm32")]
+                    #[link(wasm_import_module = "oncely:worker/sql@0.1.0")]
+                    unsafe extern "C" {
+                        #[link_name = "defer"]
+                        fn wit_import10(
+                            _: *mut u8,
+                            _: usize,
+                            _: *mut u8,
+                            _: usize,
+                            _: *mut u8,
+                        );
+                    }
+                    #[cfg(not(target_arch = "wasm32"))]
+                    unsafe extern "C" fn wit_import10(
+                        _: *mut u8,
+                        _: usize,
+                        _: *mut u8,
+                        _: usize,
+                        _: *mut u8,
+                    ) {
+                        unreachable!()
+                    }
+                    wit_import10(ptr0.cast_mut(), len0, result8, len8, ptr9);
+                    let l11 = i32::from(*ptr9.add(0).cast::<u8>());
+                    let result62 = match l11 {
+                        0 => {
+                            let e = ();
+                            Ok(e)
+                        }
+                        1 => {
+                            let e = {
+                                let l12 = i32::from(
+                                    *ptr9.add(::core::mem::size_of::<*const u8>()).cast::<u8>(),
+                                );
+                                let v61 = match l12 {
+                                    0 => {
+                                        let e61 = {
+                                            let l13 = *ptr9
+                                                .add(2 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l14 = *ptr9
+                                                .add(3 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len15 = l14;
+                                            let bytes15 = _rt::Vec::from_raw_parts(
+                                                l13.cast(),
+                                                len15,
+                                                len15,
+                                            );
+                                            let l16 = *ptr9
+                                                .add(4 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l17 = *ptr9
+                                                .add(5 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len18 = l17;
+                                            let bytes18 = _rt::Vec::from_raw_parts(
+                                                l16.cast(),
+                                                len18,
+                                                len18,
+                                            );
+                                            let l19 = i32::from(
+                                                *ptr9
+                                                    .add(6 * ::core::mem::size_of::<*const u8>())
+                                                    .cast::<u8>(),
+                                            );
+                                            DatabaseError {
+                                                code: _rt::string_lift(bytes15),
+                                                message: _rt::string_lift(bytes18),
+                                                constraint: match l19 {
+                                                    0 => None,
+                                                    1 => {
+                                                        let e = {
+                                                            let l20 = *ptr9
+                                                                .add(7 * ::core::mem::size_of::<*const u8>())
+                                                                .cast::<*mut u8>();
+                                                            let l21 = *ptr9
+                                                                .add(8 * ::core::mem::size_of::<*const u8>())
+                                                                .cast::<usize>();
+                                                            let len22 = l21;
+                                                            let bytes22 = _rt::Vec::from_raw_parts(
+                                                                l20.cast(),
+                                                                len22,
+                                                                len22,
+                                                            );
+                                                            _rt::string_lift(bytes22)
+                                                        };
+                                                        Some(e)
+                                                    }
+                                                    _ => _rt::invalid_enum_discriminant(),
+                                                },
+                                            }
+                                        };
+                                        Error::ConstraintViolation(e61)
+                                    }
+                                    1 => {
+                                        let e61 = {
+                                            let l23 = *ptr9
+                                                .add(2 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l24 = *ptr9
+                                                .add(3 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len25 = l24;
+                                            let bytes25 = _rt::Vec::from_raw_parts(
+                                                l23.cast(),
+                                                len25,
+                                                len25,
+                                            );
+                                            let l26 = *ptr9
+                                                .add(4 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l27 = *ptr9
+                                                .add(5 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len28 = l27;
+                                            let bytes28 = _rt::Vec::from_raw_parts(
+                                                l26.cast(),
+                                                len28,
+                                                len28,
+                                            );
+                                            let l29 = i32::from(
+                                                *ptr9
+                                                    .add(6 * ::core::mem::size_of::<*const u8>())
+                                                    .cast::<u8>(),
+                                            );
+                                            DatabaseError {
+                                                code: _rt::string_lift(bytes25),
+                                                message: _rt::string_lift(bytes28),
+                                                constraint: match l29 {
+                                                    0 => None,
+                                                    1 => {
+                                                        let e = {
+                                                            let l30 = *ptr9
+                                                                .add(7 * ::core::mem::size_of::<*const u8>())
+                                                                .cast::<*mut u8>();
+                                                            let l31 = *ptr9
+                                                                .add(8 * ::core::mem::size_of::<*const u8>())
+                                                                .cast::<usize>();
+                                                            let len32 = l31;
+                                                            let bytes32 = _rt::Vec::from_raw_parts(
+                                                                l30.cast(),
+                                                                len32,
+                                                                len32,
+                                                            );
+                                                            _rt::string_lift(bytes32)
+                                                        };
+                                                        Some(e)
+                                                    }
+                                                    _ => _rt::invalid_enum_discriminant(),
+                                                },
+                                            }
+                                        };
+                                        Error::Conflict(e61)
+                                    }
+                                    2 => {
+                                        let e61 = {
+                                            let l33 = *ptr9
+                                                .add(2 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l34 = *ptr9
+                                                .add(3 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len35 = l34;
+                                            let bytes35 = _rt::Vec::from_raw_parts(
+                                                l33.cast(),
+                                                len35,
+                                                len35,
+                                            );
+                                            let l36 = *ptr9
+                                                .add(4 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l37 = *ptr9
+                                                .add(5 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len38 = l37;
+                                            let bytes38 = _rt::Vec::from_raw_parts(
+                                                l36.cast(),
+                                                len38,
+                                                len38,
+                                            );
+                                            let l39 = i32::from(
+                                                *ptr9
+                                                    .add(6 * ::core::mem::size_of::<*const u8>())
+                                                    .cast::<u8>(),
+                                            );
+                                            DatabaseError {
+                                                code: _rt::string_lift(bytes35),
+                                                message: _rt::string_lift(bytes38),
+                                                constraint: match l39 {
+                                                    0 => None,
+                                                    1 => {
+                                                        let e = {
+                                                            let l40 = *ptr9
+                                                                .add(7 * ::core::mem::size_of::<*const u8>())
+                                                                .cast::<*mut u8>();
+                                                            let l41 = *ptr9
+                                                                .add(8 * ::core::mem::size_of::<*const u8>())
+                                                                .cast::<usize>();
+                                                            let len42 = l41;
+                                                            let bytes42 = _rt::Vec::from_raw_parts(
+                                                                l40.cast(),
+                                                                len42,
+                                                                len42,
+                                                            );
+                                                            _rt::string_lift(bytes42)
+                                                        };
+                                                        Some(e)
+                                                    }
+                                                    _ => _rt::invalid_enum_discriminant(),
+                                                },
+                                            }
+                                        };
+                                        Error::QueryFailed(e61)
+                                    }
+                                    3 => {
+                                        let e61 = {
+                                            let l43 = *ptr9
+                                                .add(2 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l44 = *ptr9
+                                                .add(3 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len45 = l44;
+                                            let bytes45 = _rt::Vec::from_raw_parts(
+                                                l43.cast(),
+                                                len45,
+                                                len45,
+                                            );
+                                            _rt::string_lift(bytes45)
+                                        };
+                                        Error::NotAllowed(e61)
+                                    }
+                                    4 => {
+                                        let e61 = {
+                                            let l46 = *ptr9
+                                                .add(2 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l47 = *ptr9
+                                                .add(3 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len48 = l47;
+                                            let bytes48 = _rt::Vec::from_raw_parts(
+                                                l46.cast(),
+                                                len48,
+                                                len48,
+                                            );
+                                            _rt::string_lift(bytes48)
+                                        };
+                                        Error::InvalidParameter(e61)
+                                    }
+                                    5 => {
+                                        let e61 = {
+                                            let l49 = *ptr9
+                                                .add(2 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l50 = *ptr9
+                                                .add(3 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len51 = l50;
+                                            let bytes51 = _rt::Vec::from_raw_parts(
+                                                l49.cast(),
+                                                len51,
+                                                len51,
+                                            );
+                                            _rt::string_lift(bytes51)
+                                        };
+                                        Error::UnsupportedType(e61)
+                                    }
+                                    6 => {
+                                        let e61 = {
+                                            let l52 = *ptr9
+                                                .add(2 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l53 = *ptr9
+                                                .add(3 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len54 = l53;
+                                            let bytes54 = _rt::Vec::from_raw_parts(
+                                                l52.cast(),
+                                                len54,
+                                                len54,
+                                            );
+                                            _rt::string_lift(bytes54)
+                                        };
+                                        Error::TooLarge(e61)
+                                    }
+                                    7 => Error::Timeout,
+                                    8 => {
+                                        let e61 = {
+                                            let l55 = *ptr9
+                                                .add(2 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l56 = *ptr9
+                                                .add(3 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len57 = l56;
+                                            let bytes57 = _rt::Vec::from_raw_parts(
+                                                l55.cast(),
+                                                len57,
+                                                len57,
+                                            );
+                                            _rt::string_lift(bytes57)
+                                        };
+                                        Error::TransactionFailed(e61)
+                                    }
+                                    n => {
+                                        debug_assert_eq!(n, 9, "invalid enum discriminant");
+                                        let e61 = {
+                                            let l58 = *ptr9
+                                                .add(2 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<*mut u8>();
+                                            let l59 = *ptr9
+                                                .add(3 * ::core::mem::size_of::<*const u8>())
+                                                .cast::<usize>();
+                                            let len60 = l59;
+                                            let bytes60 = _rt::Vec::from_raw_parts(
+                                                l58.cast(),
+                                                len60,
+                                                len60,
+                                            );
+                                            _rt::string_lift(bytes60)
+                                        };
+                                        Error::Other(e61)
+                                    }
+                                };
+                                v61
+                            };
+                            Err(e)
+                        }
+                        _ => _rt::invalid_enum_discriminant(),
+                    };
+                    result62
+                }
+            }
         }
         /// A cache for values that are cheap to recompute and do not need a table. It sits in front of the
         /// worker's own data: in the memory of this host and, where one is configured, in a Redis that all
@@ -4306,9 +4778,9 @@ macro_rules! __export_worker_impl {
         =
         "component-type:wit-bindgen:0.62.0:oncely:worker@0.1.0:worker:imports and exports")]
         #[doc(hidden)] #[allow(clippy::octal_escapes)] pub static
-        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 2487] = *
+        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 2526] = *
         b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xba\x12\x01A\x02\x01\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xe1\x12\x01A\x02\x01\
 A\x17\x01B\x12\x01o\x02ss\x01p\0\x04\0\x07headers\x03\0\x01\x01w\x04\0\x09timest\
 amp\x03\0\x03\x01w\x04\0\x0cmilliseconds\x03\0\x05\x01r\x03\x06streams\x08sequen\
 cew\x09stored-at\x04\x04\0\x06origin\x03\0\x07\x01p}\x01k\x08\x01r\x05\x02ids\x07\
@@ -4330,7 +4802,7 @@ h\x01\x03\0\x12transaction-failed\x01s\0\x05other\x01s\0\x04\0\x05error\x03\0\x0
 w\x01\x05\x01@\x02\x03keys\x05value\0\0\x09\x04\0\x03set\x01\x0a\x01j\x01\x7f\x01\
 \x05\x01@\x01\x03keys\0\x0b\x04\0\x06delete\x01\x0c\x01@\x03\x03keys\x08expected\
 \x03\x05value\0\0\x09\x04\0\x0fcompare-and-set\x01\x0d\x03\0\x19oncely:worker/st\
-ate@0.1.0\x05\x04\x01B\x17\x01p}\x01q\x0c\x04null\0\0\x07boolean\x01\x7f\0\x05in\
+ate@0.1.0\x05\x04\x01B\x1a\x01p}\x01q\x0c\x04null\0\0\x07boolean\x01\x7f\0\x05in\
 t64\x01x\0\x07float64\x01u\0\x07decimal\x01s\0\x04text\x01s\0\x05bytes\x01\0\0\x04\
 uuid\x01s\0\x04json\x01s\0\x09timestamp\x01x\0\x04date\x01s\0\x04time\x01s\0\x04\
 \0\x05value\x03\0\x01\x01ps\x01p\x02\x01p\x04\x01r\x02\x07columns\x03\x04rows\x05\
@@ -4342,11 +4814,12 @@ transaction-failed\x01s\0\x05other\x01s\0\x04\0\x05error\x03\0\x0b\x01m\x02\x08p
 ostgres\x06sqlite\x04\0\x07dialect\x03\0\x0d\x01@\0\0\x0e\x04\0\x0bget-dialect\x01\
 \x0f\x01j\x01\x07\x01\x0c\x01@\x02\x09statements\x06params\x04\0\x10\x04\0\x05qu\
 ery\x01\x11\x01j\x01w\x01\x0c\x01@\x02\x09statements\x06params\x04\0\x12\x04\0\x07\
-execute\x01\x13\x03\0\x17oncely:worker/sql@0.1.0\x05\x05\x01B\x0f\x02\x03\x02\x01\
-\x02\x04\0\x0cmilliseconds\x03\0\0\x01q\x06\x0binvalid-key\x01s\0\x0binvalid-tag\
-\x01s\0\x0binvalid-ttl\x01s\0\x09too-large\x01s\0\x08too-many\x01s\0\x05other\x01\
-s\0\x04\0\x05error\x03\0\x02\x01p}\x01k\x04\x01j\x01\x05\x01\x03\x01@\x01\x03key\
-s\0\x06\x04\0\x03get\x01\x07\x01ps\x01j\0\x01\x03\x01@\x04\x03keys\x05value\x04\x03\
+execute\x01\x13\x01j\0\x01\x0c\x01@\x02\x09statements\x06params\x04\0\x14\x04\0\x05\
+defer\x01\x15\x03\0\x17oncely:worker/sql@0.1.0\x05\x05\x01B\x0f\x02\x03\x02\x01\x02\
+\x04\0\x0cmilliseconds\x03\0\0\x01q\x06\x0binvalid-key\x01s\0\x0binvalid-tag\x01\
+s\0\x0binvalid-ttl\x01s\0\x09too-large\x01s\0\x08too-many\x01s\0\x05other\x01s\0\
+\x04\0\x05error\x03\0\x02\x01p}\x01k\x04\x01j\x01\x05\x01\x03\x01@\x01\x03keys\0\
+\x06\x04\0\x03get\x01\x07\x01ps\x01j\0\x01\x03\x01@\x04\x03keys\x05value\x04\x03\
 ttl\x01\x04tags\x08\0\x09\x04\0\x03put\x01\x0a\x01@\x01\x04tags\x08\0\x09\x04\0\x0a\
 invalidate\x01\x0b\x03\0\x19oncely:worker/cache@0.1.0\x05\x06\x02\x03\0\0\x09tim\
 estamp\x01B\x12\x02\x03\x02\x01\x07\x04\0\x09timestamp\x03\0\0\x02\x03\x02\x01\x02\
@@ -4378,8 +4851,8 @@ pub use __export_worker_impl as export_worker;
 )]
 #[doc(hidden)]
 #[allow(clippy::octal_escapes)]
-pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 2426] = *b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xdd\x11\x01A\x02\x01\
+pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 2465] = *b"\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\x84\x12\x01A\x02\x01\
 A\x13\x01B\x12\x01o\x02ss\x01p\0\x04\0\x07headers\x03\0\x01\x01w\x04\0\x09timest\
 amp\x03\0\x03\x01w\x04\0\x0cmilliseconds\x03\0\x05\x01r\x03\x06streams\x08sequen\
 cew\x09stored-at\x04\x04\0\x06origin\x03\0\x07\x01p}\x01k\x08\x01r\x05\x02ids\x07\
@@ -4401,7 +4874,7 @@ h\x01\x03\0\x12transaction-failed\x01s\0\x05other\x01s\0\x04\0\x05error\x03\0\x0
 w\x01\x05\x01@\x02\x03keys\x05value\0\0\x09\x04\0\x03set\x01\x0a\x01j\x01\x7f\x01\
 \x05\x01@\x01\x03keys\0\x0b\x04\0\x06delete\x01\x0c\x01@\x03\x03keys\x08expected\
 \x03\x05value\0\0\x09\x04\0\x0fcompare-and-set\x01\x0d\x03\0\x19oncely:worker/st\
-ate@0.1.0\x05\x04\x01B\x17\x01p}\x01q\x0c\x04null\0\0\x07boolean\x01\x7f\0\x05in\
+ate@0.1.0\x05\x04\x01B\x1a\x01p}\x01q\x0c\x04null\0\0\x07boolean\x01\x7f\0\x05in\
 t64\x01x\0\x07float64\x01u\0\x07decimal\x01s\0\x04text\x01s\0\x05bytes\x01\0\0\x04\
 uuid\x01s\0\x04json\x01s\0\x09timestamp\x01x\0\x04date\x01s\0\x04time\x01s\0\x04\
 \0\x05value\x03\0\x01\x01ps\x01p\x02\x01p\x04\x01r\x02\x07columns\x03\x04rows\x05\
@@ -4413,11 +4886,12 @@ transaction-failed\x01s\0\x05other\x01s\0\x04\0\x05error\x03\0\x0b\x01m\x02\x08p
 ostgres\x06sqlite\x04\0\x07dialect\x03\0\x0d\x01@\0\0\x0e\x04\0\x0bget-dialect\x01\
 \x0f\x01j\x01\x07\x01\x0c\x01@\x02\x09statements\x06params\x04\0\x10\x04\0\x05qu\
 ery\x01\x11\x01j\x01w\x01\x0c\x01@\x02\x09statements\x06params\x04\0\x12\x04\0\x07\
-execute\x01\x13\x03\0\x17oncely:worker/sql@0.1.0\x05\x05\x01B\x0f\x02\x03\x02\x01\
-\x02\x04\0\x0cmilliseconds\x03\0\0\x01q\x06\x0binvalid-key\x01s\0\x0binvalid-tag\
-\x01s\0\x0binvalid-ttl\x01s\0\x09too-large\x01s\0\x08too-many\x01s\0\x05other\x01\
-s\0\x04\0\x05error\x03\0\x02\x01p}\x01k\x04\x01j\x01\x05\x01\x03\x01@\x01\x03key\
-s\0\x06\x04\0\x03get\x01\x07\x01ps\x01j\0\x01\x03\x01@\x04\x03keys\x05value\x04\x03\
+execute\x01\x13\x01j\0\x01\x0c\x01@\x02\x09statements\x06params\x04\0\x14\x04\0\x05\
+defer\x01\x15\x03\0\x17oncely:worker/sql@0.1.0\x05\x05\x01B\x0f\x02\x03\x02\x01\x02\
+\x04\0\x0cmilliseconds\x03\0\0\x01q\x06\x0binvalid-key\x01s\0\x0binvalid-tag\x01\
+s\0\x0binvalid-ttl\x01s\0\x09too-large\x01s\0\x08too-many\x01s\0\x05other\x01s\0\
+\x04\0\x05error\x03\0\x02\x01p}\x01k\x04\x01j\x01\x05\x01\x03\x01@\x01\x03keys\0\
+\x06\x04\0\x03get\x01\x07\x01ps\x01j\0\x01\x03\x01@\x04\x03keys\x05value\x04\x03\
 ttl\x01\x04tags\x08\0\x09\x04\0\x03put\x01\x0a\x01@\x01\x04tags\x08\0\x09\x04\0\x0a\
 invalidate\x01\x0b\x03\0\x19oncely:worker/cache@0.1.0\x05\x06\x02\x03\0\0\x09tim\
 estamp\x01B\x12\x02\x03\x02\x01\x07\x04\0\x09timestamp\x03\0\0\x02\x03\x02\x01\x02\

@@ -20,6 +20,7 @@ use crate::guest::{
 use crate::model::cache_writes::CacheWrites;
 use crate::model::keyed_state::BatchState;
 use crate::model::message::{Message, Output};
+use crate::model::sql::SqlError;
 use crate::model::trace_context::OutputTrace;
 use crate::traces::Interval;
 
@@ -118,6 +119,9 @@ impl Delivery {
                 trace.handled(stopwatch.stop(), shared_tx.take_statements(), failure);
             }
 
+            if let Some(error) = shared_tx.take_earlier_error().await {
+                return Ok(deferred_failed(error));
+            }
             effects.state = outcome.state;
             // A failed instance is never reused: its memory is in an unknown state.
             warm = outcome
@@ -139,6 +143,7 @@ impl Delivery {
                 }
                 Err(failure) => {
                     effects.state.discard();
+                    shared_tx.drop_deferred().await;
                     let record = outcome.record.as_deref();
                     let failed = FailedCall::new(failure, record, &outcome.logs, recordings);
                     recordings += failed.recording_size();
@@ -151,7 +156,10 @@ impl Delivery {
                 }
             }
         }
-        Ok(GroupRun::Completed(Box::new(effects)))
+        match shared_tx.run_collected().await? {
+            Ok(()) => Ok(GroupRun::Completed(Box::new(effects))),
+            Err(error) => Ok(deferred_failed(error)),
+        }
     }
 
     /// Rolls the failed item back to its savepoint. False when there is none.
@@ -251,10 +259,20 @@ impl Delivery {
             request: inputs.request,
             recorder: Recorder::default(),
         };
+        shared_tx.begin_call().await;
         let began = Instant::now();
         let outcome = self.guest.call(call, warm).await;
         self.metrics.processed(&self.worker.name, began.elapsed());
         outcome
+    }
+}
+
+/// How a run ends whose calls share their deferred statements, when one of those fails. The items
+/// run again with savepoints, where each fails by itself.
+fn deferred_failed(error: SqlError) -> GroupRun {
+    match error {
+        SqlError::Conflict(error) => GroupRun::Conflict(error.message),
+        _ => GroupRun::RerunOthers,
     }
 }
 

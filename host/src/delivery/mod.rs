@@ -246,7 +246,10 @@ impl Delivery {
             Ok(state) => state,
             Err(error) => return roll_back_after(error, tx).await,
         };
-        let shared_tx = SharedTx::new(self.store.dialect(), tx).traced(self.traces.are_on());
+        let collects = run.savepoints == Savepoints::None && runnable.len() > 1;
+        let shared_tx = SharedTx::new(self.store.dialect(), tx)
+            .traced(self.traces.are_on())
+            .collecting_deferred(collects && !self.guest.is_batch_handler());
         let group_run = self.run_items(run, &mut runnable, &shared_tx, state).await;
         let tx = shared_tx.take_tx().await?;
 

@@ -27,7 +27,7 @@ use crate::model::cache_writes::CacheWrites;
 use crate::model::keyed_state::BatchState;
 use crate::model::message::{Message, Output};
 use crate::model::request::HttpResponse;
-use crate::model::sql::Dialect;
+use crate::model::sql::{Dialect, SqlError};
 use crate::store::conflict::pause_after;
 use crate::store::{KeptResponse, OutboxRow, StoreError, Tx};
 use crate::traces::{Stopwatch, Traces};
@@ -293,7 +293,9 @@ impl Delivery {
         }
 
         // Run the handlers.
-        let shared_tx = SharedTx::new(self.store.dialect(), tx).traced(self.traces.are_on());
+        let shared_tx = SharedTx::new(self.store.dialect(), tx)
+            .traced(self.traces.are_on())
+            .collecting_deferred(savepoints == Savepoints::None && fresh.len() > 1);
         let mut effects = Effects::default();
         let ended = self
             .run_handlers(
@@ -364,6 +366,9 @@ impl Delivery {
                 .await?;
             runs.calls += 1;
             runs.time += began.elapsed();
+            if let Some(error) = shared_tx.take_earlier_error().await {
+                return Ok(Some(deferred_failed(error)));
+            }
             let step = match returned {
                 Some(outcome) => {
                     self.take_in(item, outcome, shared_tx, savepoints, effects)
@@ -384,7 +389,8 @@ impl Delivery {
                 Step::End(ended) => return Ok(Some(ended)),
             }
         }
-        Ok(None)
+        let ran = shared_tx.run_collected().await?;
+        Ok(ran.err().map(deferred_failed))
     }
 
     /// Runs one handler. Returns `None` if it was stopped because others wait for it.
@@ -455,6 +461,7 @@ impl Delivery {
             HandlerOutcome::Failure(failure) => Fate::Failed(failure),
         };
         effects.state.discard();
+        shared_tx.drop_deferred().await;
         if !outcome.ran_sql {
             return Ok(Step::Continue);
         }
@@ -556,6 +563,14 @@ async fn claim(items: &mut [Item<'_>], tx: &mut Tx) -> Result<(), StoreError> {
         }
     }
     Ok(())
+}
+
+/// How a transaction ends whose handlers share their deferred statements, when one of those fails.
+fn deferred_failed(error: SqlError) -> GroupEnd {
+    match error {
+        SqlError::Conflict(error) => GroupEnd::Conflict(anyhow::anyhow!(error.message)),
+        _ => GroupEnd::NeedsSavepoints,
+    }
 }
 
 /// Rolls back the running item. Returns false if only the whole transaction can be rolled back.

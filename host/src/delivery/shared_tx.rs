@@ -9,11 +9,11 @@ use tokio::sync::Mutex;
 
 use super::trace::{RunningStatement, StatementLog, Statements};
 use crate::fault;
-use crate::guest::Database;
+use crate::guest::{Database, Deferral};
 use crate::model::keyed_state::StateSlot;
 use crate::model::request::RequestKey;
 use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-use crate::store::{ClaimedRequest, KeptResponse, StoreError, Tx};
+use crate::store::{ClaimedRequest, DeferredStatement, KeptResponse, StoreError, Tx};
 
 /// A transaction that the guests of a batch share. Cheap to clone.
 #[derive(Clone)]
@@ -24,14 +24,61 @@ pub(crate) struct SharedTx {
     slot: Arc<Mutex<TxSlot>>,
     /// The statements of the running guest, if traces are on.
     statements: Option<StatementLog>,
+    /// Whether deferred statements of one call wait for those of later calls.
+    collects_deferred: bool,
 }
 
-/// The transaction and its savepoint state.
+/// The transaction, its savepoint state and its deferred statements.
 struct TxSlot {
     /// `None` after [`SharedTx::take_tx`].
     tx: Option<Tx>,
     /// Whether the next statement needs a savepoint first.
     needs_savepoint: bool,
+    deferred: DeferredStatements,
+}
+
+/// The statements that wait for a run.
+#[derive(Default)]
+struct DeferredStatements {
+    /// In the order in which the guests deferred them.
+    queue: Vec<DeferredStatement>,
+    /// The size of the queue in bytes.
+    size: usize,
+    /// Where the statements of the current call begin.
+    own_from: usize,
+    /// The error of a statement of an earlier call, which ran during the current one.
+    earlier_error: Option<SqlError>,
+}
+
+/// The queue runs before it takes more bytes or statements.
+const DEFERRED_SIZE_MAX: usize = 1 << 20;
+const DEFERRED_MAX: usize = 1_000;
+
+/// The name of a run of deferred statements in traces.
+const DEFERRED_STATEMENTS: &str = "deferred statements";
+
+/// What a guest reads when a statement of another guest failed.
+const EARLIER_FAILED: &str = "a deferred statement of another message failed";
+
+impl DeferredStatements {
+    fn begin_call(&mut self) {
+        self.own_from = self.queue.len();
+    }
+
+    fn push(&mut self, statement: DeferredStatement) {
+        self.size += statement.size();
+        self.queue.push(statement);
+    }
+
+    fn is_full(&self) -> bool {
+        self.size >= DEFERRED_SIZE_MAX || self.queue.len() >= DEFERRED_MAX
+    }
+
+    /// Drops the statements of the current call.
+    fn drop_own(&mut self) {
+        let own = self.queue.drain(self.own_from..);
+        self.size -= own.map(|statement| statement.size()).sum::<usize>();
+    }
 }
 
 impl TxSlot {
@@ -47,6 +94,22 @@ impl TxSlot {
         }
         self.tx()
     }
+
+    /// Runs the deferred statements. Returns the error of a statement of the current call.
+    async fn run_deferred(&mut self) -> anyhow::Result<Result<(), SqlError>> {
+        if self.deferred.queue.is_empty() {
+            return Ok(Ok(()));
+        }
+        let deferred = std::mem::take(&mut self.deferred);
+        let ran = self.item_tx().await?.execute_all(&deferred.queue).await?;
+        Ok(ran.map_err(|failed| {
+            if failed.position >= deferred.own_from {
+                return failed.error;
+            }
+            self.deferred.earlier_error = Some(failed.error);
+            SqlError::TransactionFailed(EARLIER_FAILED.to_owned())
+        }))
+    }
 }
 
 impl SharedTx {
@@ -56,8 +119,19 @@ impl SharedTx {
             slot: Arc::new(Mutex::new(TxSlot {
                 tx: Some(tx),
                 needs_savepoint: false,
+                deferred: DeferredStatements::default(),
             })),
             statements: None,
+            collects_deferred: false,
+        }
+    }
+
+    /// Collects the deferred statements of all calls, if `is_on`. [`SharedTx::run_collected`] runs
+    /// them before the commit.
+    pub(crate) fn collecting_deferred(self, is_on: bool) -> Self {
+        SharedTx {
+            collects_deferred: is_on,
+            ..self
         }
     }
 
@@ -83,13 +157,49 @@ impl SharedTx {
         Some(RunningStatement::start(log, text))
     }
 
-    /// Takes the transaction out. Waits for a statement that outlived its guest.
+    /// Takes the transaction out. Waits for a statement that outlived its guest. A transaction with
+    /// deferred statements can only be rolled back.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`] if it was taken before.
     pub(crate) async fn take_tx(&self) -> Result<Tx, StoreError> {
         let missing = || StoreError::Unavailable(anyhow::anyhow!("the transaction is missing"));
-        self.slot.lock().await.tx.take().ok_or_else(missing)
+        let mut slot = self.slot.lock().await;
+        let mut tx = slot.tx.take().ok_or_else(missing)?;
+        if !slot.deferred.queue.is_empty() {
+            tx.fail("deferred statements did not run");
+        }
+        Ok(tx)
+    }
+
+    /// Begins the next call of a guest.
+    pub(crate) async fn begin_call(&self) {
+        self.slot.lock().await.deferred.begin_call();
+    }
+
+    /// Drops the deferred statements of a call that failed.
+    pub(crate) async fn drop_deferred(&self) {
+        self.slot.lock().await.deferred.drop_own();
+    }
+
+    /// Takes the error of a deferred statement of an earlier call, which spoiled the transaction
+    /// during the last one.
+    pub(crate) async fn take_earlier_error(&self) -> Option<SqlError> {
+        self.slot.lock().await.deferred.earlier_error.take()
+    }
+
+    /// Runs the collected statements of all calls.
+    ///
+    /// # Errors
+    /// Outer: the database is unavailable. Inner: it refused one of them, and the transaction can
+    /// only be rolled back.
+    pub(crate) async fn run_collected(&self) -> anyhow::Result<Result<(), SqlError>> {
+        let mut slot = self.slot.lock().await;
+        if slot.deferred.queue.is_empty() {
+            return Ok(Ok(()));
+        }
+        slot.deferred.own_from = 0;
+        slot.run_deferred().await
     }
 
     /// Starts the next item. Its savepoint is set before its first statement.
@@ -147,6 +257,7 @@ impl SharedTx {
     /// The rollback failed for another reason.
     pub(crate) async fn undo_item(&self) -> anyhow::Result<bool> {
         let mut slot = self.slot.lock().await;
+        slot.deferred.drop_own();
         if slot.needs_savepoint {
             return Ok(true);
         }
@@ -186,11 +297,11 @@ impl Database for SharedTx {
         let running = self.begin_statement(&statement);
         let queried = self.with_tx(move |slot| {
             Box::pin(async move {
-                Ok(slot
-                    .item_tx()
-                    .await?
-                    .query(&statement, &params, limits)
-                    .await?)
+                if let Err(error) = slot.run_deferred().await? {
+                    return Ok(Err(error));
+                }
+                let tx = slot.item_tx().await?;
+                Ok(tx.query(&statement, &params, limits).await?)
             })
         });
         let queried = queried.await;
@@ -207,7 +318,12 @@ impl Database for SharedTx {
     ) -> anyhow::Result<Result<u64, SqlError>> {
         let running = self.begin_statement(&statement);
         let executed = self.with_tx(move |slot| {
-            Box::pin(async move { Ok(slot.item_tx().await?.execute(&statement, &params).await?) })
+            Box::pin(async move {
+                if let Err(error) = slot.run_deferred().await? {
+                    return Ok(Err(error));
+                }
+                Ok(slot.item_tx().await?.execute(&statement, &params).await?)
+            })
         });
         let executed = executed.await;
         if let Some(running) = running {
@@ -215,6 +331,45 @@ impl Database for SharedTx {
         }
         fault::point(fault::MID_GUEST);
         executed
+    }
+
+    async fn defer(
+        &self,
+        statement: String,
+        params: Vec<Value>,
+    ) -> anyhow::Result<Result<Deferral, SqlError>> {
+        self.with_tx(move |slot| {
+            Box::pin(async move {
+                match slot.tx()?.check_deferred(statement, params).await? {
+                    Ok(statement) => slot.deferred.push(statement),
+                    Err(error) => return Ok(Err(error)),
+                }
+                if !slot.deferred.is_full() {
+                    return Ok(Ok(Deferral::Queued));
+                }
+                Ok(slot.run_deferred().await?.map(|()| Deferral::Ran))
+            })
+        })
+        .await
+    }
+
+    async fn run_deferred(&self) -> anyhow::Result<Result<(), SqlError>> {
+        let running = self.begin_statement(DEFERRED_STATEMENTS);
+        let ran = self
+            .with_tx(|slot| Box::pin(async move { slot.run_deferred().await }))
+            .await;
+        if let Some(running) = running {
+            running.finish(&ran);
+        }
+        fault::point(fault::MID_GUEST);
+        ran
+    }
+
+    async fn end_call(&self) -> anyhow::Result<Result<(), SqlError>> {
+        match self.collects_deferred {
+            true => Ok(Ok(())),
+            false => self.run_deferred().await,
+        }
     }
 
     async fn load_state(&self, key: String) -> anyhow::Result<StateSlot> {

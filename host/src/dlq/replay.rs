@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::config::CompileSettings;
 use crate::config::manifest::{ResolvedConfig, Worker};
 use crate::guest::{
-    CacheReader, CachedValue, Call, CallFailure, CallOutcome, Database, Guest, GuestEngine,
-    PlaybackEnd, RECORD_FORMAT, Record, Recorder,
+    CacheReader, CachedValue, Call, CallFailure, CallOutcome, Database, Deferral, Guest,
+    GuestEngine, PlaybackEnd, RECORD_FORMAT, Record, Recorder,
 };
 use crate::model::failure_code::FailureCode;
 use crate::model::hint::WithHint;
@@ -312,6 +312,18 @@ impl Database for NoDatabase {
     }
 
     async fn execute(&self, _: String, _: Vec<Value>) -> Result<Result<u64, SqlError>> {
+        bail!(NO_DATABASE)
+    }
+
+    async fn defer(&self, _: String, _: Vec<Value>) -> Result<Result<Deferral, SqlError>> {
+        bail!(NO_DATABASE)
+    }
+
+    async fn run_deferred(&self) -> Result<Result<(), SqlError>> {
+        bail!(NO_DATABASE)
+    }
+
+    async fn end_call(&self) -> Result<Result<(), SqlError>> {
         bail!(NO_DATABASE)
     }
 

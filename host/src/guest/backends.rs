@@ -33,6 +33,23 @@ pub trait Database: Send + Sync {
     /// # Errors
     /// Outer: the database is unavailable. Inner: it refused the statement.
     async fn execute(&self, statement: String, params: Vec<Value>) -> DatabaseResult<u64>;
+    /// Checks a statement and queues it.
+    ///
+    /// # Errors
+    /// Outer: the database is unavailable. Inner: the statement was refused, or the queue was full
+    /// and a queued statement failed.
+    async fn defer(&self, statement: String, params: Vec<Value>) -> DatabaseResult<Deferral>;
+    /// Runs the queued statements.
+    ///
+    /// # Errors
+    /// Outer: the database is unavailable. Inner: it refused one of them.
+    async fn run_deferred(&self) -> DatabaseResult<()>;
+    /// Ends a call that succeeded. Its queued statements run now, or together with those of later
+    /// calls in the same transaction.
+    ///
+    /// # Errors
+    /// Those of [`Database::run_deferred`].
+    async fn end_call(&self) -> DatabaseResult<()>;
     /// The slot of a key of the worker's state, without an entry if the key does not exist.
     ///
     /// # Errors
@@ -49,6 +66,15 @@ pub trait Database: Send + Sync {
         after: String,
         most: u32,
     ) -> anyhow::Result<Vec<String>>;
+}
+
+/// The state of a deferred statement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deferral {
+    /// It is queued.
+    Queued,
+    /// The queue was full, so its statements have run.
+    Ran,
 }
 
 /// The cache that a guest reads. An unavailable cache reads as empty and is never an error.

@@ -49,7 +49,7 @@ pub struct CallOutcome {
     /// Cache writes of the call.
     pub cache: CacheWrites,
     /// Whether the call ran any SQL. A call without SQL leaves the transaction unchanged, so it can
-    /// be dropped from its batch.
+    /// be dropped from its batch. A deferred statement that is still queued did not run.
     pub ran_sql: bool,
     /// Log output of the guest, one line per entry, truncated at `log_size` of the worker's limits.
     pub logs: String,
@@ -97,8 +97,13 @@ impl Guest {
         store.set_epoch_deadline(1);
 
         // Run the handler until it returns or its time is over.
-        let running = self.run(&mut store, &mut instance, messages);
-        let finished = tokio::time::timeout_at((deadline + GRACE).into(), running).await;
+        let running = async {
+            let results = self.run(&mut store, &mut instance, messages).await?;
+            store.data_mut().end_call(&results).await?;
+            Ok(results)
+        };
+        let finished: Result<wasmtime::Result<Vec<HandlerResult>>, _> =
+            tokio::time::timeout_at((deadline + GRACE).into(), running).await;
 
         // Determine the result.
         let state = store.data_mut();
@@ -137,7 +142,7 @@ impl Guest {
             outputs: std::mem::take(&mut state.outputs),
             cache: std::mem::take(&mut state.cache),
             state: std::mem::take(&mut state.call.state),
-            ran_sql: state.statements > 0,
+            ran_sql: state.ran_sql,
             logs,
             record,
             host_calls,

@@ -28,7 +28,7 @@ mod state;
 mod wasi;
 mod wasi3;
 
-pub use backends::{CacheReader, CachedValue, Database};
+pub use backends::{CacheReader, CachedValue, Database, Deferral};
 pub use call::{CallOutcome, WarmInstance};
 pub use compile::{COMMAND as COMPILE_COMMAND, compile_component};
 pub use component::Guest;

@@ -17,7 +17,7 @@ use crate::model::message::{Headers, Message};
 use crate::model::sql::{Dialect, Rows, SqlError, Value};
 
 /// Version of the record format. A host reads records of its own version only.
-pub const RECORD_FORMAT: u32 = 2;
+pub const RECORD_FORMAT: u32 = 3;
 
 /// Maximum size of the recorded calls and results, in bytes. A record is truncated at the first
 /// step that exceeds it.
@@ -133,6 +133,15 @@ pub enum HostCall {
         /// Values of the parameters, in order.
         params: Vec<Value>,
     },
+    /// `sql.defer`.
+    Defer {
+        /// One statement, as the guest passed it.
+        statement: String,
+        /// Values of the parameters, in order.
+        params: Vec<Value>,
+    },
+    /// Run of the deferred statements.
+    RunDeferred,
     /// `cache.get`.
     CacheGet {
         /// Key within the cache of the worker.
@@ -335,6 +344,10 @@ impl fmt::Display for HostCall {
             HostCall::Execute { statement, params } => {
                 write!(f, "sql.execute {statement:?} {}", Params(params))
             }
+            HostCall::Defer { statement, params } => {
+                write!(f, "sql.defer {statement:?} {}", Params(params))
+            }
+            HostCall::RunDeferred => f.write_str("run of the deferred statements"),
             HostCall::CacheGet { key } => write!(f, "cache.get {key:?}"),
             HostCall::CachePut {
                 key,

@@ -75,6 +75,10 @@ pub(super) struct CallState {
     pub state_usage: StateUsage,
     pub cache: CacheWrites,
     pub statements: u32,
+    /// Whether statements reached the database.
+    pub ran_sql: bool,
+    /// Whether statements are queued.
+    pub has_deferred: bool,
     /// The first failure that dooms this delivery, regardless of the handler result.
     pub doomed: Option<CallFailure>,
     /// The first error of the host. The guest did not cause it and cannot handle it.
@@ -144,6 +148,8 @@ impl CallState {
             state_usage: StateUsage::default(),
             cache: CacheWrites::default(),
             statements: 0,
+            ran_sql: false,
+            has_deferred: false,
             doomed: None,
             host_error: None,
             deadline,
@@ -170,6 +176,7 @@ impl CallState {
         self.state_usage = StateUsage::default();
         self.cache = CacheWrites::default();
         self.statements = 0;
+        (self.ran_sql, self.has_deferred) = (false, false);
         self.deadline = deadline;
         self.warm = true;
         self.call = call;

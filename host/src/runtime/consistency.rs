@@ -237,8 +237,11 @@ impl Host {
         before: Option<&Watermark>,
     ) -> Result<BrokerState> {
         let mut seen = BrokerState::default();
-        let floors: Vec<_> = futures::stream::iter(workers)
+        let queries: Vec<_> = workers
+            .iter()
             .map(|worker| self.ack_floor(worker, before))
+            .collect();
+        let floors: Vec<_> = futures::stream::iter(queries)
             .buffer_unordered(PROBE_CONCURRENCY)
             .collect()
             .await;

@@ -12,6 +12,29 @@ pub(super) struct Prepared<A> {
     pub facts: StatementFacts,
 }
 
+/// A checked statement of a guest that runs later.
+#[derive(Debug, Clone)]
+pub struct DeferredStatement {
+    pub(super) statement: String,
+    pub(super) params: Vec<Value>,
+}
+
+impl DeferredStatement {
+    /// Its approximate size in bytes.
+    pub fn size(&self) -> usize {
+        self.statement.len() + self.params.iter().map(Value::size).sum::<usize>()
+    }
+}
+
+/// The first of several statements that failed.
+#[derive(Debug)]
+pub struct FailedStatement {
+    /// Its position among them, from 0.
+    pub position: usize,
+    /// The error for its guest.
+    pub error: SqlError,
+}
+
 type Prepare<A> = std::result::Result<Prepared<A>, SqlError>;
 
 /// Checks a statement and binds its parameters with `prepare`, large ones off the async threads.

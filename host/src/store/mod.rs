@@ -75,6 +75,7 @@ pub use dead_letters::{
 pub(crate) use error::{BrokenStatement, is_busy};
 pub use error::{Result, StoreError};
 pub use events::{EVENT_OUTPUTS_MAX, EventRecord, InboxRecord};
+pub use guest_statement::{DeferredStatement, FailedStatement};
 pub use history::{HISTORY_BUCKET_SECS, HISTORY_BUCKETS, HistoryCounts, HistoryPoint};
 pub use instance::{HOST_LEASE, LEASE_SAFE_FOR, RENEW_INTERVAL, RENEW_TIMEOUT, TakenOver};
 pub use pauses::Pause;

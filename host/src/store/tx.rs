@@ -8,7 +8,7 @@ use sqlx::sqlite::SqlitePool;
 
 use super::changes::TableRows;
 use super::db::Session;
-use super::guest_statement::StatementOutcome;
+use super::guest_statement::{DeferredStatement, FailedStatement, StatementOutcome};
 use super::postgres::changes::CountsByTable;
 use super::shared::Savepoint;
 use super::sqlite::changes::ChangeTracker;
@@ -283,7 +283,10 @@ impl Tx {
         if !self.is_recoverable {
             return self.check();
         }
-        let statement = self.savepoint.rollback_sql()?;
+        let mut statement = self.savepoint.rollback_sql()?;
+        if let Database::Postgres(tx) = &mut self.database {
+            statement.push_str(&tx.session.deallocations());
+        }
         let undone = self.run(statement, "roll back to the savepoint").await;
         if undone.is_ok() {
             self.failure = None;
@@ -368,6 +371,58 @@ impl Tx {
             }
         };
         self.record_outcome(outcome)
+    }
+
+    /// Checks a statement that is to run later. The outer error is the host's, the inner one is for
+    /// the guest.
+    pub async fn check_deferred(
+        &mut self,
+        statement: String,
+        params: Vec<Value>,
+    ) -> Result<std::result::Result<DeferredStatement, SqlError>> {
+        if let Some(why) = &self.failure {
+            return Ok(Err(SqlError::TransactionFailed(why.clone())));
+        }
+        let checked = match &mut self.database {
+            Database::Postgres(tx) => {
+                postgres::guest_sql::check(&tx.guests, &statement, &params).await
+            }
+            Database::Sqlite(tx) => sqlite::guest_sql::check(tx.guests, &statement, &params).await,
+        };
+        Ok(checked.map(|()| DeferredStatement { statement, params }))
+    }
+
+    /// Runs checked statements in order. PostgreSQL takes many of them in one round trip. The outer
+    /// error is the host's, the inner one is that of the first statement that failed. After an
+    /// inner error, the transaction can only be rolled back.
+    pub async fn execute_all(
+        &mut self,
+        statements: &[DeferredStatement],
+    ) -> Result<std::result::Result<(), FailedStatement>> {
+        if let (Database::Postgres(tx), None) = (&mut self.database, &self.failure)
+            && let Some(bundle) = postgres::deferred::Bundle::of(statements)
+        {
+            let (session, guests) = (&mut tx.session, &tx.guests);
+            let mut done = 0;
+            let outcome = bundle.run(session, guests, &mut done).await;
+            let ran = self.record_outcome(outcome)?;
+            return Ok(ran.map_err(|error| FailedStatement {
+                position: done,
+                error,
+            }));
+        }
+        for (position, deferred) in statements.iter().enumerate() {
+            if let Err(error) = self.execute(&deferred.statement, &deferred.params).await? {
+                return Ok(Err(FailedStatement { position, error }));
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Makes a commit impossible.
+    pub fn fail(&mut self, why: &str) {
+        self.failure = Some(why.to_owned());
+        self.is_recoverable = false;
     }
 
     /// Appends outputs with one statement. They are leased to this host for `lease`, so that no

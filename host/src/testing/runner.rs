@@ -17,8 +17,8 @@ use super::requests::refused_commit;
 use crate::config::manifest::{Isolation, ResolvedConfig, Worker};
 use crate::delivery::{SharedTx, schema_mismatch};
 use crate::guest::{
-    CacheReader, CachedValue, Call, CallFailure, CallOutcome, Database, FailureKind, Guest,
-    Recorder, RequestCall, WarmInstance,
+    CacheReader, CachedValue, Call, CallFailure, CallOutcome, Database, Deferral, FailureKind,
+    Guest, Recorder, RequestCall, WarmInstance,
 };
 use crate::ingress::TestRequests;
 use crate::model::failure_code::FailureCode;
@@ -532,6 +532,25 @@ impl Database for FaultyDatabase {
             Ok(()) => self.inner.execute(statement, params).await,
             Err(conflict) => Ok(Err(conflict)),
         }
+    }
+
+    async fn defer(
+        &self,
+        statement: String,
+        params: Vec<Value>,
+    ) -> Result<Result<Deferral, SqlError>> {
+        self.inner.defer(statement, params).await
+    }
+
+    async fn run_deferred(&self) -> Result<Result<(), SqlError>> {
+        match self.next_statement() {
+            Ok(()) => self.inner.run_deferred().await,
+            Err(conflict) => Ok(Err(conflict)),
+        }
+    }
+
+    async fn end_call(&self) -> Result<Result<(), SqlError>> {
+        self.run_deferred().await
     }
 
     async fn load_state(&self, key: String) -> Result<StateSlot> {

@@ -4,7 +4,7 @@
 //! `{"event_id", "ordinal", "delta", "attempt_nonce"}`. The nonce is random. Rows and outputs of
 //! one event with different nonces therefore prove an effect from two attempts.
 
-use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, params, sql};
+use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, params, sql, sql::Value};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -33,6 +33,20 @@ impl Default for Options {
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
+    insert(message, |statement, params| {
+        sql::execute(statement, params).map(drop)
+    })
+}
+
+/// The same with a deferred statement.
+pub fn run_deferred(message: &Message) -> Result<(), Failure> {
+    insert(message, sql::defer)
+}
+
+fn insert(
+    message: &Message,
+    write: impl FnOnce(&str, &[Value]) -> Result<(), sql::Error>,
+) -> Result<(), Failure> {
     let Options {
         from,
         to,
@@ -45,7 +59,7 @@ pub fn run(message: &Message) -> Result<(), Failure> {
         random::get_random_u64(),
         random::get_random_u64()
     );
-    sql::execute(
+    write(
         "insert into effect (event_id, account, delta, attempt_nonce) values ($1, $2, $3, $6), ($1, $4, $5, $6)",
         params![message.id, from, -delta, to, delta, nonce],
     )?;

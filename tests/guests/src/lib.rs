@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 mod cached;
 mod calls;
 mod config;
+mod defer;
 mod eat_memory;
 mod echo;
 mod emit;
@@ -56,6 +57,7 @@ fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
         "calls" => calls::run(),
         "config" => config::run(),
         "config_reversed" => config::run_reversed(),
+        "defer" => defer::run(message),
         "eat_memory" => eat_memory::run(),
         "echo" => echo::run(message),
         "emit" => emit::run(message),

@@ -9,10 +9,10 @@ use serde::Deserialize;
 use serde_json::json;
 
 #[derive(Deserialize)]
-struct Statement {
-    sql: String,
+pub struct Statement {
+    pub sql: String,
     #[serde(default)]
-    params: Vec<serde_json::Value>,
+    pub params: Vec<serde_json::Value>,
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
@@ -23,13 +23,9 @@ pub fn run(message: &Message) -> Result<(), Failure> {
             params: Vec::new(),
         },
     };
-    let params = statement
-        .params
-        .iter()
-        .map(parameter)
-        .collect::<Result<Vec<_>, _>>()?;
+    let params = parameters(&statement.params)?;
     let rows = sql::query(&statement.sql, &params)
-        .map_err(|error| Failure::reject(&error).code(name_of(error.kind())))?;
+        .map_err(|error| Failure::reject(&error).code(code_of(error.kind())))?;
     let columns = rows.first().map(Row::columns).unwrap_or_default();
     let values: Vec<Vec<_>> = rows
         .iter()
@@ -40,6 +36,11 @@ pub fn run(message: &Message) -> Result<(), Failure> {
         &json!({ "columns": columns, "rows": values }),
     )?)?;
     Ok(())
+}
+
+/// The parameters of a statement from JSON.
+pub fn parameters(values: &[serde_json::Value]) -> Result<Vec<Value>, Failure> {
+    values.iter().map(parameter).collect()
 }
 
 fn parameter(value: &serde_json::Value) -> Result<Value, Failure> {
@@ -72,7 +73,8 @@ fn in_json(value: &Value) -> serde_json::Value {
     }
 }
 
-fn name_of(kind: &ErrorKind) -> &'static str {
+/// The name of an error.
+pub fn code_of(kind: &ErrorKind) -> &'static str {
     match kind {
         ErrorKind::ConstraintViolation(_) => "constraint-violation",
         ErrorKind::Conflict(_) => "conflict",

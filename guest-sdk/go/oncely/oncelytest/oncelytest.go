@@ -223,6 +223,11 @@ func (h backendOf) Execute(statement string, params []any) (uint64, error) {
 	return uint64(changed), h.fail(err)
 }
 
+func (h backendOf) Defer(statement string, params []any) error {
+	_, err := h.Execute(statement, params)
+	return err
+}
+
 func (h backendOf) Dialect() string { return "sqlite" }
 
 func (h backendOf) CacheGet(key string) ([]byte, bool, error) {

@@ -64,6 +64,13 @@ func Execute(statement string, params ...any) (uint64, error) {
 	return backend.Get().Execute(statement, params)
 }
 
+// Defer runs a statement later, without a result: before the next Query or Execute, and in any case
+// before the commit. The deferred statements of many messages reach the database together. An error
+// from the database fails the message, and its next statement returns it.
+func Defer(statement string, params ...any) error {
+	return backend.Get().Defer(statement, params)
+}
+
 // Dialect returns postgres or sqlite.
 func Dialect() string {
 	return backend.Get().Dialect()

@@ -1,9 +1,12 @@
 //! SQL statements: checked against the limits and run in the transaction. A failed statement dooms
 //! the delivery.
 
+use std::sync::Arc;
+
 use super::READ_ONLY_REQUEST;
+use crate::guest::backends::{DatabaseResult, Deferral};
 use crate::guest::bindings::oncely::worker::sql;
-use crate::guest::failure::FailureKind;
+use crate::guest::failure::{FailureKind, HandlerResult};
 use crate::guest::record::{HostCall, HostResult};
 use crate::guest::state::CallState;
 use crate::model::failure_code::FailureCode;
@@ -53,6 +56,7 @@ impl CallState {
             return Ok(Err(error));
         }
         let limits = self.call.worker.limits.sql();
+        self.ran_sql = true;
         match self.call.database.query(statement, params, limits).await {
             Ok(result) => Ok(result),
             Err(error) => self.host_error(error),
@@ -67,10 +71,88 @@ impl CallState {
         if let Err(error) = self.count_statement(&statement, &params) {
             return Ok(Err(error));
         }
+        self.ran_sql = true;
         match self.call.database.execute(statement, params).await {
             Ok(result) => Ok(result),
             Err(error) => self.host_error(error),
         }
+    }
+
+    async fn queue(
+        &mut self,
+        statement: String,
+        params: Vec<Value>,
+    ) -> wasmtime::Result<Result<(), SqlError>> {
+        if let Err(error) = self.count_statement(&statement, &params) {
+            return Ok(Err(error));
+        }
+        match self.call.database.defer(statement, params).await {
+            Ok(Ok(deferral)) => {
+                self.has_deferred = true;
+                self.ran_sql |= deferral == Deferral::Ran;
+                Ok(Ok(()))
+            }
+            Ok(Err(error)) => {
+                self.ran_sql = true;
+                Ok(Err(error))
+            }
+            Err(error) => self.host_error(error),
+        }
+    }
+
+    /// Runs the deferred statements before another one.
+    async fn run_deferred(&mut self) -> wasmtime::Result<Result<(), SqlError>> {
+        if !self.has_deferred {
+            return Ok(Ok(()));
+        }
+        self.ran_sql = true;
+        let database = Arc::clone(&self.call.database);
+        self.settle_deferred(database.run_deferred()).await
+    }
+
+    /// Ends a call with these results. An error of its deferred statements dooms it.
+    pub(in crate::guest) async fn end_call(
+        &mut self,
+        results: &[HandlerResult],
+    ) -> wasmtime::Result<()> {
+        let has_failed = self.doomed.is_some()
+            || results.iter().any(Result::is_err)
+            || matches!(&self.response, Some(response) if !response.is_success());
+        if !self.has_deferred || has_failed {
+            return Ok(());
+        }
+        let database = Arc::clone(&self.call.database);
+        if let Err(error) = self.settle_deferred(database.end_call()).await? {
+            self.ran_sql = true;
+            let why = format!("a deferred statement failed: {error}");
+            self.statement_failed(error);
+            self.doom(FailureKind::Retry, FailureCode::Sql, &why);
+        }
+        Ok(())
+    }
+
+    /// Records a run of the deferred statements, or plays it back.
+    async fn settle_deferred(
+        &mut self,
+        running: impl Future<Output = DatabaseResult<()>>,
+    ) -> wasmtime::Result<Result<(), SqlError>> {
+        self.has_deferred = false;
+        match self.call.recorder.begin_call(0, || HostCall::RunDeferred)? {
+            Some(HostResult::Nothing) => return Ok(Ok(())),
+            Some(HostResult::Refused(error)) => return Ok(Err(error)),
+            Some(_) => return self.call.recorder.mismatch(),
+            None => {}
+        }
+        let result = match running.await {
+            Ok(result) => result,
+            Err(error) => return self.host_error(error),
+        };
+        self.call.recorder.finish_call(0, || {
+            result
+                .clone()
+                .map_or_else(HostResult::Refused, |()| HostResult::Nothing)
+        });
+        Ok(result)
     }
 
     /// Converts an error for the guest. Dooms the delivery if the transaction does not survive the
@@ -113,6 +195,9 @@ impl sql::Host for CallState {
         params: Vec<sql::Value>,
     ) -> wasmtime::Result<Result<sql::RowSet, sql::Error>> {
         self.check_deadline()?;
+        if let Err(error) = self.run_deferred().await? {
+            return Ok(Err(self.statement_failed(error)));
+        }
         let params: Vec<Value> = params.into_iter().map(value_from_wit).collect();
         let call = || HostCall::Query {
             statement: statement.clone(),
@@ -148,6 +233,9 @@ impl sql::Host for CallState {
         params: Vec<sql::Value>,
     ) -> wasmtime::Result<Result<u64, sql::Error>> {
         self.check_deadline()?;
+        if let Err(error) = self.run_deferred().await? {
+            return Ok(Err(self.statement_failed(error)));
+        }
         let params: Vec<Value> = params.into_iter().map(value_from_wit).collect();
         let call = || HostCall::Execute {
             statement: statement.clone(),
@@ -167,6 +255,41 @@ impl sql::Host for CallState {
                     result
                         .clone()
                         .map_or_else(HostResult::Refused, HostResult::Changed)
+                });
+                result
+            }
+        };
+        Ok(result.map_err(|error| self.statement_failed(error)))
+    }
+
+    async fn defer(
+        &mut self,
+        statement: String,
+        params: Vec<sql::Value>,
+    ) -> wasmtime::Result<Result<(), sql::Error>> {
+        self.check_deadline()?;
+        let params: Vec<Value> = params.into_iter().map(value_from_wit).collect();
+        let call = || HostCall::Defer {
+            statement: statement.clone(),
+            params: params.clone(),
+        };
+        let result = match self
+            .call
+            .recorder
+            .begin_call(statement_size(&statement, &params), call)?
+        {
+            Some(HostResult::Nothing) => {
+                self.has_deferred = true;
+                Ok(())
+            }
+            Some(HostResult::Refused(error)) => Err(error),
+            Some(_) => return self.call.recorder.mismatch(),
+            None => {
+                let result = self.queue(statement, params).await?;
+                self.call.recorder.finish_call(0, || {
+                    result
+                        .clone()
+                        .map_or_else(HostResult::Refused, |()| HostResult::Nothing)
                 });
                 result
             }

@@ -33,6 +33,17 @@ pub(in crate::store) struct Guests {
     pub sessions: Sessions,
 }
 
+/// Checks a statement without running it.
+pub(in crate::store) async fn check(
+    guests: &Guests,
+    statement: &str,
+    params: &[Value],
+) -> std::result::Result<(), SqlError> {
+    prepare(guests, statement, params, check_and_bind)
+        .await
+        .map(drop)
+}
+
 pub(in crate::store) async fn query(
     session: &mut Session,
     guests: &Guests,
@@ -80,7 +91,7 @@ pub(in crate::store) async fn execute(
 /// Runs a statement, and terminates its backend if it does not return in time. The server's own
 /// limit is a session setting, which a statement could change. The statement's future is never
 /// dropped.
-async fn run_with_deadline<T>(
+pub(super) async fn run_with_deadline<T>(
     session: &mut Session,
     guests: &Guests,
     run: impl AsyncFnOnce(&mut Session) -> Result<StatementOutcome<T>>,
@@ -136,7 +147,7 @@ async fn fetch(
     }
 }
 
-fn failed<T>(error: sqlx::Error) -> Result<StatementOutcome<T>> {
+pub(super) fn failed<T>(error: sqlx::Error) -> Result<StatementOutcome<T>> {
     let is_stale_plan = errors::is_stale_plan(&error);
     let is_loss = errors::is_connection_loss(&error);
     let error = errors::from_guest_statement(error).map_err(|error| match error {

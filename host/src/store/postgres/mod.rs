@@ -6,6 +6,7 @@
 pub(super) mod attempts;
 pub(super) mod changes;
 pub(super) mod dead_lettering;
+pub(super) mod deferred;
 mod definer_key;
 pub(super) mod deployments;
 pub(super) mod errors;

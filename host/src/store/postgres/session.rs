@@ -304,6 +304,7 @@ impl Sessions {
                 output_ids: Arc::clone(&self.output_ids),
                 id: String::new(),
                 process: 0,
+                left_behind: Vec::new(),
                 finished: false,
             };
             match session.begin(&begin).await {
@@ -336,6 +337,8 @@ pub(in crate::store) struct Session {
     id: String,
     /// The backend's process id; zero except for guests.
     process: i32,
+    /// Names of prepared statements that a failure left behind.
+    left_behind: Vec<String>,
     finished: bool,
 }
 
@@ -486,10 +489,29 @@ impl Session {
 
     /// Rolls back. Closes the connection if that fails.
     pub(in crate::store) async fn rollback(mut self) {
-        self.finished = raw_sql("rollback")
+        let rollback = "rollback".to_owned() + &self.deallocations();
+        self.finished = raw_sql(AssertSqlSafe(rollback))
             .execute(&mut *self.connection)
             .await
             .is_ok();
+    }
+
+    /// Records that a prepared statement has to be deallocated with the next rollback.
+    pub(in crate::store) fn leave_behind(&mut self, name: &str) {
+        self.left_behind.push(name.to_owned());
+    }
+
+    /// The statements that deallocate what a failure left behind, to run after a rollback.
+    pub(in crate::store) fn deallocations(&mut self) -> String {
+        self.left_behind
+            .drain(..)
+            .map(|name| format!("; deallocate {name}"))
+            .collect()
+    }
+
+    /// Records that all prepared statements are deallocated.
+    pub(in crate::store) fn leave_nothing_behind(&mut self) {
+        self.left_behind.clear();
     }
 }
 

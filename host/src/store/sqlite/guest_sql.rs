@@ -26,6 +26,17 @@ pub(in crate::store) struct Guests {
     pub reads_only: bool,
 }
 
+/// Checks a statement without running it.
+pub(in crate::store) async fn check(
+    guests: Guests,
+    statement: &str,
+    params: &[Value],
+) -> std::result::Result<(), SqlError> {
+    prepare(&guests, statement, params, check_and_bind)
+        .await
+        .map(drop)
+}
+
 /// Runs a guest's statement and returns its rows, up to `limits`.
 pub(in crate::store) async fn query(
     session: &mut Session,

@@ -33,6 +33,9 @@ extern void __wasm_import_oncely_worker_sql_query(uint8_t *, size_t, uint8_t *, 
 __attribute__((__import_module__("oncely:worker/sql@0.1.0"), __import_name__("execute")))
 extern void __wasm_import_oncely_worker_sql_execute(uint8_t *, size_t, uint8_t *, size_t, uint8_t *);
 
+__attribute__((__import_module__("oncely:worker/sql@0.1.0"), __import_name__("defer")))
+extern void __wasm_import_oncely_worker_sql_defer(uint8_t *, size_t, uint8_t *, size_t, uint8_t *);
+
 // Imported Functions from `oncely:worker/cache@0.1.0`
 
 __attribute__((__import_module__("oncely:worker/cache@0.1.0"), __import_name__("get")))
@@ -461,6 +464,13 @@ void oncely_worker_sql_result_row_set_error_free(oncely_worker_sql_result_row_se
 }
 
 void oncely_worker_sql_result_u64_error_free(oncely_worker_sql_result_u64_error_t *ptr) {
+  if (!ptr->is_err) {
+  } else {
+    oncely_worker_sql_error_free(&ptr->val.err);
+  }
+}
+
+void oncely_worker_sql_result_void_error_free(oncely_worker_sql_result_void_error_t *ptr) {
   if (!ptr->is_err) {
   } else {
     oncely_worker_sql_error_free(&ptr->val.err);
@@ -1242,6 +1252,123 @@ bool oncely_worker_sql_execute(bindings_string_t *statement, oncely_worker_sql_l
   }
   if (!result.is_err) {
     *ret = result.val.ok;
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool oncely_worker_sql_defer(bindings_string_t *statement, oncely_worker_sql_list_value_t *params, oncely_worker_sql_error_t *err) {
+  __attribute__((__aligned__(sizeof(void*))))
+  uint8_t ret_area[(9*sizeof(void*))];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_oncely_worker_sql_defer((uint8_t *) (*statement).ptr, (*statement).len, (uint8_t *) (*params).ptr, (*params).len, ptr);
+  oncely_worker_sql_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      oncely_worker_sql_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + sizeof(void*)));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          bindings_option_string_t option;
+          switch ((int32_t) *((uint8_t*) (ptr + (6*sizeof(void*))))) {
+            case 0: {
+              option.is_some = false;
+              break;
+            }
+            case 1: {
+              option.is_some = true;
+              option.val = (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (7*sizeof(void*))))), (*((size_t*) (ptr + (8*sizeof(void*))))) };
+              break;
+            }
+          }
+          variant.val.constraint_violation = (oncely_worker_sql_database_error_t) {
+            (bindings_string_t) (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (2*sizeof(void*))))), (*((size_t*) (ptr + (3*sizeof(void*))))) },
+            (bindings_string_t) (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (4*sizeof(void*))))), (*((size_t*) (ptr + (5*sizeof(void*))))) },
+            (bindings_option_string_t) option,
+          };
+          break;
+        }
+        case 1: {
+          bindings_option_string_t option11;
+          switch ((int32_t) *((uint8_t*) (ptr + (6*sizeof(void*))))) {
+            case 0: {
+              option11.is_some = false;
+              break;
+            }
+            case 1: {
+              option11.is_some = true;
+              option11.val = (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (7*sizeof(void*))))), (*((size_t*) (ptr + (8*sizeof(void*))))) };
+              break;
+            }
+          }
+          variant.val.conflict = (oncely_worker_sql_database_error_t) {
+            (bindings_string_t) (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (2*sizeof(void*))))), (*((size_t*) (ptr + (3*sizeof(void*))))) },
+            (bindings_string_t) (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (4*sizeof(void*))))), (*((size_t*) (ptr + (5*sizeof(void*))))) },
+            (bindings_option_string_t) option11,
+          };
+          break;
+        }
+        case 2: {
+          bindings_option_string_t option12;
+          switch ((int32_t) *((uint8_t*) (ptr + (6*sizeof(void*))))) {
+            case 0: {
+              option12.is_some = false;
+              break;
+            }
+            case 1: {
+              option12.is_some = true;
+              option12.val = (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (7*sizeof(void*))))), (*((size_t*) (ptr + (8*sizeof(void*))))) };
+              break;
+            }
+          }
+          variant.val.query_failed = (oncely_worker_sql_database_error_t) {
+            (bindings_string_t) (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (2*sizeof(void*))))), (*((size_t*) (ptr + (3*sizeof(void*))))) },
+            (bindings_string_t) (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (4*sizeof(void*))))), (*((size_t*) (ptr + (5*sizeof(void*))))) },
+            (bindings_option_string_t) option12,
+          };
+          break;
+        }
+        case 3: {
+          variant.val.not_allowed = (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (2*sizeof(void*))))), (*((size_t*) (ptr + (3*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.invalid_parameter = (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (2*sizeof(void*))))), (*((size_t*) (ptr + (3*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.unsupported_type = (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (2*sizeof(void*))))), (*((size_t*) (ptr + (3*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.too_large = (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (2*sizeof(void*))))), (*((size_t*) (ptr + (3*sizeof(void*))))) };
+          break;
+        }
+        case 7: {
+          break;
+        }
+        case 8: {
+          variant.val.transaction_failed = (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (2*sizeof(void*))))), (*((size_t*) (ptr + (3*sizeof(void*))))) };
+          break;
+        }
+        case 9: {
+          variant.val.other = (bindings_string_t) { (uint8_t*)(*((uint8_t **) (ptr + (2*sizeof(void*))))), (*((size_t*) (ptr + (3*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
     return 1;
   } else {
     *err = result.val.err;

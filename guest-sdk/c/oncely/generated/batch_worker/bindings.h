@@ -378,6 +378,13 @@ typedef struct {
   } val;
 } oncely_worker_sql_result_u64_error_t;
 
+typedef struct {
+  bool is_err;
+  union {
+    oncely_worker_sql_error_t err;
+  } val;
+} oncely_worker_sql_result_void_error_t;
+
 typedef oncely_worker_types_milliseconds_t oncely_worker_cache_milliseconds_t;
 
 // Why an operation was refused. A refusal does not doom the delivery: the handler may
@@ -530,6 +537,14 @@ extern oncely_worker_sql_dialect_t oncely_worker_sql_get_dialect(void);
 extern bool oncely_worker_sql_query(bindings_string_t *statement, oncely_worker_sql_list_value_t *params, oncely_worker_sql_row_set_t *ret, oncely_worker_sql_error_t *err);
 // Runs a statement and returns the number of changed rows.
 extern bool oncely_worker_sql_execute(bindings_string_t *statement, oncely_worker_sql_list_value_t *params, uint64_t *ret, oncely_worker_sql_error_t *err);
+// Runs a statement later, without a result: after the earlier statements of this delivery,
+// before its next `query` or `execute`, and in any case before the commit. The deferred
+// statements of many messages reach the database in one round trip.
+// 
+// A statement that the host refuses fails at once. An error from the database dooms the
+// delivery as ever. It is returned by the next `query`, `execute` or `defer` of this delivery,
+// if there is one.
+extern bool oncely_worker_sql_defer(bindings_string_t *statement, oncely_worker_sql_list_value_t *params, oncely_worker_sql_error_t *err);
 
 // Imported Functions from `oncely:worker/cache@0.1.0`
 // The value under a key, if it exists and is valid. Puts and invalidations of this delivery
@@ -641,6 +656,8 @@ void oncely_worker_sql_error_free(oncely_worker_sql_error_t *ptr);
 void oncely_worker_sql_result_row_set_error_free(oncely_worker_sql_result_row_set_error_t *ptr);
 
 void oncely_worker_sql_result_u64_error_free(oncely_worker_sql_result_u64_error_t *ptr);
+
+void oncely_worker_sql_result_void_error_free(oncely_worker_sql_result_void_error_t *ptr);
 
 void oncely_worker_cache_error_free(oncely_worker_cache_error_t *ptr);
 

@@ -18,6 +18,7 @@ type Backend interface {
 
 	Query(statement string, params []any) (Rows, error)
 	Execute(statement string, params []any) (uint64, error)
+	Defer(statement string, params []any) error
 	Dialect() string
 
 	CacheGet(key string) ([]byte, bool, error)

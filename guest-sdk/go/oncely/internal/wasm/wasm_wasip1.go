@@ -329,6 +329,19 @@ func (host) Execute(statement string, values []any) (uint64, error) {
 	return changed.Ok(), nil
 }
 
+func (host) Defer(statement string, values []any) error {
+	given, err := params(values)
+	if err != nil {
+		return err
+	}
+	Collect()
+	deferred := oncely_worker_sql.Defer(statement, given)
+	if deferred.IsErr() {
+		return sqlError(deferred.Err())
+	}
+	return nil
+}
+
 func (host) Dialect() string {
 	if oncely_worker_sql.GetDialect() == oncely_worker_sql.DialectSqlite {
 		return "sqlite"

@@ -884,3 +884,246 @@ result24 := result23;
 return result24
 
 }
+
+//go:wasmimport oncely:worker/sql@0.1.0 defer
+func wasm_import_defer(arg0 uintptr, arg1 uint32, arg2 uintptr, arg3 uint32, arg4 uintptr) 
+
+func Defer(statement string, params []Value) witTypes.Result[witTypes.Unit, Error] {
+        pinner := &runtime.Pinner{}
+defer pinner.Unpin()
+
+        returnArea := uintptr(witRuntime.Allocate(pinner, (9*4), 4))
+        utf8 := unsafe.Pointer(unsafe.StringData(statement))
+pinner.Pin(utf8)
+slice := params
+length := uint32(len(slice))
+result6 := witRuntime.Allocate(pinner, uintptr(length * (8+2*4)), 8)
+for index, element := range slice {
+        base := unsafe.Add(result6, index * (8+2*4))
+        
+switch element.Tag() {
+case ValueNull:
+        
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(0))
+
+        
+
+case ValueBoolean:
+        payload := element.Boolean()
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(1))
+var result int32
+if payload {
+        result = 1
+} else {
+        result = 0
+}
+*(*int8)(unsafe.Add(unsafe.Pointer(base), 8)) = int8(result)
+
+        
+
+case ValueInt64:
+        payload := element.Int64()
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(2))
+*(*int64)(unsafe.Add(unsafe.Pointer(base), 8)) = payload
+
+        
+
+case ValueFloat64:
+        payload := element.Float64()
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(3))
+*(*float64)(unsafe.Add(unsafe.Pointer(base), 8)) = payload
+
+        
+
+case ValueDecimal:
+        payload := element.Decimal()
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(4))
+utf80 := unsafe.Pointer(unsafe.StringData(payload))
+pinner.Pin(utf80)
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), (8+1*4))) = uint32(uint32(len(payload)))
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), 8)) = uint32(uintptr(uintptr(utf80)))
+
+        
+
+case ValueText:
+        payload := element.Text()
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(5))
+utf81 := unsafe.Pointer(unsafe.StringData(payload))
+pinner.Pin(utf81)
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), (8+1*4))) = uint32(uint32(len(payload)))
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), 8)) = uint32(uintptr(uintptr(utf81)))
+
+        
+
+case ValueBytes:
+        payload := element.Bytes()
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(6))
+data := unsafe.Pointer(unsafe.SliceData(payload))
+pinner.Pin(data)
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), (8+1*4))) = uint32(uint32(len(payload)))
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), 8)) = uint32(uintptr(uintptr(data)))
+
+        
+
+case ValueUuid:
+        payload := element.Uuid()
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(7))
+utf82 := unsafe.Pointer(unsafe.StringData(payload))
+pinner.Pin(utf82)
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), (8+1*4))) = uint32(uint32(len(payload)))
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), 8)) = uint32(uintptr(uintptr(utf82)))
+
+        
+
+case ValueJson:
+        payload := element.Json()
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(8))
+utf83 := unsafe.Pointer(unsafe.StringData(payload))
+pinner.Pin(utf83)
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), (8+1*4))) = uint32(uint32(len(payload)))
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), 8)) = uint32(uintptr(uintptr(utf83)))
+
+        
+
+case ValueTimestamp:
+        payload := element.Timestamp()
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(9))
+*(*int64)(unsafe.Add(unsafe.Pointer(base), 8)) = payload
+
+        
+
+case ValueDate:
+        payload := element.Date()
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(10))
+utf84 := unsafe.Pointer(unsafe.StringData(payload))
+pinner.Pin(utf84)
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), (8+1*4))) = uint32(uint32(len(payload)))
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), 8)) = uint32(uintptr(uintptr(utf84)))
+
+        
+
+case ValueTime:
+        payload := element.Time()
+        *(*int8)(unsafe.Add(unsafe.Pointer(base), 0)) = int8(int32(11))
+utf85 := unsafe.Pointer(unsafe.StringData(payload))
+pinner.Pin(utf85)
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), (8+1*4))) = uint32(uint32(len(payload)))
+*(*uint32)(unsafe.Add(unsafe.Pointer(base), 8)) = uint32(uintptr(uintptr(utf85)))
+
+        
+
+default:
+        panic("unreachable")
+}
+
+}
+
+wasm_import_defer(uintptr(utf8), uint32(len(statement)), uintptr(result6), length, returnArea)
+var result23 witTypes.Result[witTypes.Unit, Error]
+switch uint8(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), 0))) {
+case 0:
+        
+        result23 = witTypes.Ok[witTypes.Unit, Error](witTypes.Unit{})
+case 1:
+        var variant Error
+switch uint8(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), 4))) {
+case 0:
+        value := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (2*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (3*4))))
+value7 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (4*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (5*4))))
+var option witTypes.Option[string]
+switch uint8(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (6*4)))) {
+case 0:
+        
+        option = witTypes.None[string]()
+case 1:
+        value8 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (7*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (8*4))))
+
+        option = witTypes.Some[string](value8)
+default:
+        panic("unreachable")
+}
+
+        variant = MakeErrorConstraintViolation(DatabaseError{Code: value, Message: value7, Constraint: option})
+
+case 1:
+        value9 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (2*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (3*4))))
+value10 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (4*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (5*4))))
+var option12 witTypes.Option[string]
+switch uint8(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (6*4)))) {
+case 0:
+        
+        option12 = witTypes.None[string]()
+case 1:
+        value11 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (7*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (8*4))))
+
+        option12 = witTypes.Some[string](value11)
+default:
+        panic("unreachable")
+}
+
+        variant = MakeErrorConflict(DatabaseError{Code: value9, Message: value10, Constraint: option12})
+
+case 2:
+        value13 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (2*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (3*4))))
+value14 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (4*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (5*4))))
+var option16 witTypes.Option[string]
+switch uint8(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (6*4)))) {
+case 0:
+        
+        option16 = witTypes.None[string]()
+case 1:
+        value15 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (7*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (8*4))))
+
+        option16 = witTypes.Some[string](value15)
+default:
+        panic("unreachable")
+}
+
+        variant = MakeErrorQueryFailed(DatabaseError{Code: value13, Message: value14, Constraint: option16})
+
+case 3:
+        value17 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (2*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (3*4))))
+
+        variant = MakeErrorNotAllowed(value17)
+
+case 4:
+        value18 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (2*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (3*4))))
+
+        variant = MakeErrorInvalidParameter(value18)
+
+case 5:
+        value19 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (2*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (3*4))))
+
+        variant = MakeErrorUnsupportedType(value19)
+
+case 6:
+        value20 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (2*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (3*4))))
+
+        variant = MakeErrorTooLarge(value20)
+
+case 7:
+        
+        variant = MakeErrorTimeout()
+
+case 8:
+        value21 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (2*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (3*4))))
+
+        variant = MakeErrorTransactionFailed(value21)
+
+case 9:
+        value22 := unsafe.String((*uint8)(unsafe.Pointer(uintptr(*(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (2*4)))))), *(*uint32)(unsafe.Add(unsafe.Pointer(returnArea), (3*4))))
+
+        variant = MakeErrorOther(value22)
+
+default:
+        panic("unreachable")
+}
+
+        result23 = witTypes.Err[witTypes.Unit, Error](variant)
+default:
+        panic("unreachable")
+}
+result24 := result23;
+return result24
+
+}
