@@ -12,7 +12,7 @@ use crate::bus::{Bus, UnhandledMessages};
 use crate::cache::Cache;
 use crate::config::manifest::Worker;
 use crate::delivery::{ConnectionBreaks, Delivery};
-use crate::guest::{Guest, GuestEngine, check_kind};
+use crate::guest::{Guest, GuestEngine, SharedGuests, check_kind};
 use crate::metrics::Metrics;
 use crate::metrics::health::Health;
 use crate::model::hint::WithHint;
@@ -34,6 +34,7 @@ pub struct Services {
     pub store: Arc<Store>,
     pub bus: Bus,
     pub engine: GuestEngine,
+    pub guests: SharedGuests,
     /// The keys by which components have to be signed; `None` if unsigned ones may run.
     pub component_keys: Option<PublicKeys>,
     pub cache: Cache,
@@ -141,14 +142,16 @@ impl Services {
         let worker: Worker = serde_json::from_str(&deployment.manifest)
             .context("parse the deployment's manifest")?;
         worker.compile_schemas()?;
-        let wasm = self
-            .store
-            .component(&deployment.digest)
-            .await?
-            .with_context(|| format!("component {} is not in the database", deployment.digest))?;
-        self.check_signature(&deployment.digest, &wasm, None)
+        if self.component_keys.is_some() {
+            let wasm = self.read_component(&deployment.digest).await?;
+            self.check_signature(&deployment.digest, &wasm, None)
+                .await?;
+        }
+        let read = async || self.read_component(&deployment.digest).await;
+        let guest = self
+            .guests
+            .get(&self.engine, &deployment.digest, read)
             .await?;
-        let guest = self.load(wasm.into()).await?;
         check_kind(&worker, guest.handler())?;
         // Secrets are read at each start, so a new value needs only a restart.
         let config = worker.resolve_config()?;
@@ -165,6 +168,12 @@ impl Services {
             health: Arc::clone(&self.health),
             traces: self.traces.clone(),
         })
+    }
+
+    async fn read_component(&self, digest: &str) -> Result<Bytes> {
+        let wasm = self.store.component(digest).await?;
+        let wasm = wasm.with_context(|| format!("component {digest} is not in the database"))?;
+        Ok(wasm.into())
     }
 
     /// The active deployment of a worker, ready to run; `None` if it has none.

@@ -149,7 +149,7 @@ impl Guest {
             replay_progress,
             // What an async handler left under way must not go on in the call of another message.
             warm: instance
-                .filter(|_| all_succeeded && !self.pre.engine().get_concurrency_support())
+                .filter(|_| all_succeeded && !self.0.pre.engine().get_concurrency_support())
                 .map(|instance| WarmInstance { store, instance }),
         })
     }
@@ -162,9 +162,9 @@ impl Guest {
     ) -> wasmtime::Result<Vec<HandlerResult>> {
         let instance = match instance {
             Some(instance) => instance,
-            None => instance.insert(self.pre.instantiate_async(&mut *store).await?),
+            None => instance.insert(self.0.pre.instantiate_async(&mut *store).await?),
         };
-        let results = match &self.entry {
+        let results = match &self.0.entry {
             Entry::Http(indices) => {
                 let (result, response) = http::serve(store, instance, indices).await?;
                 store.data_mut().response = response;
@@ -226,7 +226,7 @@ impl Guest {
 
     fn store(&self, call: Call, deadline: Instant) -> Store<CallState> {
         let mut store = Store::new(
-            self.pre.engine(),
+            self.0.pre.engine(),
             CallState::new(call, deadline, self.is_batch_handler()),
         );
         store.limiter(|state| &mut state.limiter);

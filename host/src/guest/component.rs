@@ -1,5 +1,7 @@
 //! A checked and linked component, ready to run.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use wasmtime::Engine;
@@ -19,9 +21,12 @@ use crate::component::{self, Handler, Surface};
 
 /// A component that is ready to run. Each message gets an instance of it. Cheap to clone.
 #[derive(Clone)]
-pub struct Guest {
-    pub(super) pre: InstancePre<CallState>,
-    pub(super) entry: Entry,
+pub struct Guest(pub(super) Arc<LinkedComponent>);
+
+/// A linked component, shared by all workers that run it.
+pub(super) struct LinkedComponent {
+    pub pre: InstancePre<CallState>,
+    pub entry: Entry,
     handler: Handler,
     surface: Surface,
 }
@@ -72,27 +77,27 @@ impl Guest {
         let entry = entry
             .map_err(anyhow::Error::from)
             .context("link the handler")?;
-        Ok(Guest {
+        Ok(Guest(Arc::new(LinkedComponent {
             pre,
             entry,
             handler,
             surface,
-        })
+        })))
     }
 
     /// Whether the component handles the messages of a batch in one call.
     pub fn is_batch_handler(&self) -> bool {
-        self.handler == Handler::Batch
+        self.0.handler == Handler::Batch
     }
 
     /// The kind of handler that the component exports.
     pub fn handler(&self) -> Handler {
-        self.handler
+        self.0.handler
     }
 
     /// Imports and exports of the component.
     pub fn surface(&self) -> &Surface {
-        &self.surface
+        &self.0.surface
     }
 }
 

@@ -17,7 +17,7 @@ use crate::cache::{Cache, feed};
 use crate::config::{CacheSettings, HostConfig, TraceSettings};
 use crate::drain::{Stopping, TaskGroup};
 use crate::fault;
-use crate::guest::GuestEngine;
+use crate::guest::{GuestEngine, SharedGuests};
 use crate::ingress::Ingress;
 use crate::metrics::Metrics;
 use crate::model::invalidation::CACHE_STREAM;
@@ -162,6 +162,7 @@ impl Parts {
             store,
             bus,
             engine,
+            guests: SharedGuests::default(),
             component_keys: options.component_keys,
             cache,
             metrics,
