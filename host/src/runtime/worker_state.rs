@@ -13,7 +13,7 @@ use crate::services::age;
 use crate::store::{OutboxLag, Pause, RelayMode};
 
 /// The state of one worker on a host.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 pub struct WorkerState {
     pub worker: String,
     /// The version that runs here.
@@ -51,7 +51,9 @@ pub struct WorkerState {
 }
 
 /// Whether a worker works on a host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum RunState {
     /// It is being prepared, or its subscription is yet to be confirmed.
