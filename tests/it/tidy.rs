@@ -68,6 +68,7 @@ fn each_outside_library_has_one_module() -> Result<()> {
         ("moka", &["cache"]),
         ("redis", &["cache"]),
         ("jsonschema", &["config"]),
+        ("rmcp", &["cli"]),
         ("opentelemetry_proto", &["traces"]),
         ("prost", &["traces"]),
     ];

@@ -10,6 +10,7 @@ use axum::http::{HeaderMap, Method, StatusCode, header, request};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
@@ -44,7 +45,7 @@ pub struct Caller {
 }
 
 /// Who makes a change and why, as the client states. Only the token is proof of the actor.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct StatedBy {
     /// The name of a person or a program; recorded beside the name of the token.

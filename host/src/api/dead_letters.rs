@@ -11,6 +11,7 @@ use axum::http::StatusCode;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -22,12 +23,13 @@ use crate::dlq::replay::{self, Replayable};
 use crate::dlq::verify::{self, Verification};
 use crate::model::hint::WithHint;
 use crate::model::message;
+use crate::model::schema::Time;
 use crate::runtime::Host;
 use crate::store::conflict::pause_after;
 use crate::store::{
     self, AttemptRecord, Attribution, AuditRecord, DeadLetterAction, DeadLetterActionResult,
     DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord, DeadLetterSummary,
-    NewActivity, Redrive, StoreError,
+    NewActivity, Redrive, SeenDeadLetter, StoreError,
 };
 
 /// The maximum number of dead letters per request: each request is one transaction.
@@ -55,11 +57,12 @@ pub async fn groups(
 }
 
 /// One complete dead letter.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct DeadLetter {
     #[serde(flatten)]
     pub summary: DeadLetterSummary,
     /// When it died for the first time, if it was redriven since.
+    #[schemars(with = "Option<Time>")]
     pub first_died_at: Option<Timestamp>,
     /// The trace id in its `traceparent`.
     pub trace_id: Option<String>,
@@ -79,8 +82,9 @@ pub struct DeadLetter {
 }
 
 /// A corrected body.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct BodyEdit {
+    #[schemars(with = "Time")]
     pub at: Timestamp,
     pub actor: String,
     pub note: String,
@@ -89,10 +93,11 @@ pub struct BodyEdit {
 }
 
 /// The final state of an event.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct InboxEntry {
     /// `done` or `dead`.
     pub state: String,
+    #[schemars(with = "Time")]
     pub at: Timestamp,
 }
 
@@ -162,7 +167,7 @@ fn dead_letter_not_found(id: i64) -> ApiError {
 }
 
 /// Dead letters to redrive.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct RedriveRequest {
     pub dead_letters: Vec<Redrive>,
     pub by: StatedBy,
@@ -212,7 +217,7 @@ fn counts(results: &[DeadLetterActionResult]) -> Value {
 }
 
 /// Dead letters for a dry run or a verification.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct DeadLettersRequest {
     pub ids: Vec<i64>,
 }
@@ -233,22 +238,25 @@ pub async fn verify(
 }
 
 /// The plan for one dead letter.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedRedrive {
     pub id: i64,
     pub preconditions: Preconditions,
 }
 
 /// Dead letters to close.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct CloseRequest {
     pub ids: Vec<i64>,
     pub action: CloseAction,
     pub by: StatedBy,
+    /// Those of them that are refused if they are not as seen; by default none.
+    #[serde(default)]
+    pub seen: Vec<SeenDeadLetter>,
 }
 
 /// How to close a dead letter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum CloseAction {
     Resolve,
@@ -269,7 +277,19 @@ pub async fn close(
     let caller = caller.stating(&request.by);
     let activity = activity(verb, &request.ids, &request.by);
     let by = caller.attribution(request.by.note);
-    update(&host, &caller, activity, request.ids, action, by).await
+    let change = DeadLetterChange {
+        ids: request.ids,
+        action,
+        seen: request.seen,
+    };
+    update(&host, &caller, activity, change, by).await
+}
+
+/// An action on dead letters, and those that must be as seen.
+struct DeadLetterChange {
+    ids: Vec<i64>,
+    action: DeadLetterAction,
+    seen: Vec<SeenDeadLetter>,
 }
 
 /// Closes or edits dead letters, and records that.
@@ -277,13 +297,14 @@ async fn update(
     host: &Arc<Host>,
     caller: &Caller,
     activity: NewActivity,
-    ids: Vec<i64>,
-    action: DeadLetterAction,
+    change: DeadLetterChange,
     by: Attribution,
 ) -> ApiResult<Vec<DeadLetterActionResult>> {
     let store = Arc::clone(&host.services.store);
     let change = async move {
-        let results = retry_on_conflict(|| store.update_dead_letters(&ids, &action, &by)).await?;
+        let DeadLetterChange { ids, action, seen } = change;
+        let update = || store.update_seen_dead_letters(&ids, &action, &by, &seen);
+        let results = retry_on_conflict(update).await?;
         let recorded = counts(&results);
         Ok((results, recorded))
     };
@@ -291,11 +312,14 @@ async fn update(
 }
 
 /// A corrected body for one dead letter.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct EditRequest {
     /// Base64.
     pub body: String,
     pub by: StatedBy,
+    /// Refuse unless the dead letter is as seen.
+    #[serde(default)]
+    pub seen: Option<SeenDeadLetter>,
 }
 
 /// Stores a corrected body, which the next redrive sends.
@@ -322,8 +346,12 @@ pub async fn edit(
     let caller = caller.stating(&request.by);
     let activity = activity("dlq edit", &[id], &request.by);
     let by = caller.attribution(request.by.note);
-    let action = DeadLetterAction::Edit(body.into());
-    update(&host, &caller, activity, vec![id], action, by).await
+    let change = DeadLetterChange {
+        ids: vec![id],
+        action: DeadLetterAction::Edit(body.into()),
+        seen: request.seen.into_iter().collect(),
+    };
+    update(&host, &caller, activity, change, by).await
 }
 
 fn check_count(count: usize) -> anyhow::Result<()> {

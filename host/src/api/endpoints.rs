@@ -7,8 +7,10 @@ use axum::handler::Handler;
 use axum::http::Method;
 use axum::middleware;
 use axum::routing::MethodRouter;
+use schemars::SchemaGenerator;
 
 use super::access::{self, RequestKind};
+use super::openapi::{Contents, Described};
 use super::{activity, audit, dead_letters, doctor, jobs, operate, outbox, tokens};
 use crate::component;
 use crate::model::role::Role::{self, Admin, Deploy, Operate, View};
@@ -21,6 +23,12 @@ pub(super) struct Endpoint {
     pub path: &'static str,
     /// The role that it needs. Roles include the ones before them.
     pub role: Role,
+    /// A summary for the OpenAPI document.
+    pub about: &'static str,
+    /// The path of the handler's function, such as `oncely::api::status`.
+    pub function: &'static str,
+    /// Parameters, body and response, from the type of the handler.
+    pub contents: fn(&mut SchemaGenerator) -> Contents,
     pub handler: MethodRouter<Arc<Host>>,
 }
 
@@ -30,86 +38,120 @@ pub(super) struct Endpoint {
 pub(super) fn all() -> Vec<Endpoint> {
     vec![
         // The host and its workers.
-        get("/status", View, super::status),
-        get("/dialect", View, super::dialect),
-        get("/workers", View, super::workers),
-        get("/workers/{worker}/deployments", View, super::deployments),
-        get("/workers/{worker}/hosts", View, super::hosts),
-        get("/workers/{worker}/drain", View, operate::drain),
-        get("/workers/{worker}/state", View, super::state_list),
-        get("/workers/{worker}/state/entry", View, super::state_get),
-        get("/components/{digest}", View, super::component),
-        get("/doctor", View, doctor::doctor),
-        get("/activity", View, activity::list),
-        get("/whoami", View, tokens::whoami),
+        get("/status", View, super::status)
+            .about("The status of the host, of all workers and of the relay"),
+        get("/dialect", View, super::dialect).about("The database of the host"),
+        get("/workers", View, super::workers).about("The workers on this host"),
+        get("/workers/{worker}/deployments", View, super::deployments)
+            .about("The deployments of a worker"),
+        get("/workers/{worker}/hosts", View, super::hosts)
+            .about("The state of a worker on each host"),
+        get("/workers/{worker}/drain", View, operate::drain)
+            .about("How far a paused worker is drained"),
+        get("/workers/{worker}/state", View, super::state_list).about("List values of keyed state"),
+        get("/workers/{worker}/state/entry", View, super::state_get)
+            .about("One value of keyed state"),
+        get("/components/{digest}", View, super::component).about("A stored component"),
+        get("/doctor", View, doctor::doctor).about("Run the checks of `oncely doctor`"),
+        get("/activity", View, activity::list).about("The activity log, newest first"),
+        get("/whoami", View, tokens::whoami).about("The name and the role of the token"),
         // Operation of workers.
-        post("/workers/{worker}/pause", Operate, operate::pause),
-        post("/workers/{worker}/resume", Operate, operate::resume),
-        post("/workers/{worker}/skip/plan", View, operate::skip_plan),
-        post("/workers/{worker}/skip", Operate, operate::skip),
-        post("/publish", Operate, super::publish),
-        post("/audit", Operate, audit::audit),
+        post("/workers/{worker}/pause", Operate, operate::pause)
+            .about("Pause a worker on all hosts"),
+        post("/workers/{worker}/resume", Operate, operate::resume)
+            .about("End the pause of a worker"),
+        post("/workers/{worker}/skip/plan", View, operate::skip_plan)
+            .about("Plan to skip messages of a backlog"),
+        post("/workers/{worker}/skip", Operate, operate::skip)
+            .about("Skip the next messages of a plan"),
+        post("/publish", Operate, super::publish).about("Publish a message"),
+        post("/audit", Operate, audit::audit).about("Compare the database with the streams"),
         // Dead letters. A dry run executes the handler, so it is more than reading.
-        post("/dead-letters/find", View, dead_letters::find),
-        post("/dead-letters/groups", View, dead_letters::groups),
-        get("/dead-letters/{id}", View, dead_letters::dead_letter),
-        get("/dead-letters/{id}/replay", View, dead_letters::replayable),
-        post("/dead-letters/verify", View, dead_letters::verify),
-        post("/dead-letters/dry-run", Operate, dead_letters::dry_run),
-        post("/dead-letters/redrive", Operate, dead_letters::redrive),
-        post("/dead-letters/close", Operate, dead_letters::close),
-        post("/dead-letters/{id}/edit", Operate, dead_letters::edit),
-        get("/dead-letters/jobs", View, jobs::list),
-        get("/dead-letters/jobs/{id}", View, jobs::show),
-        get("/dead-letters/jobs/{id}/items", View, jobs::items),
-        post("/dead-letters/jobs", Operate, jobs::create),
-        post("/dead-letters/jobs/{id}/change", Operate, jobs::change),
+        post("/dead-letters/find", View, dead_letters::find)
+            .about("Find dead letters, newest first"),
+        post("/dead-letters/groups", View, dead_letters::groups)
+            .about("Group dead letters by their failure"),
+        get("/dead-letters/{id}", View, dead_letters::dead_letter)
+            .about("One dead letter with its failure history"),
+        get("/dead-letters/{id}/replay", View, dead_letters::replayable)
+            .about("The recording of its last attempt"),
+        post("/dead-letters/verify", View, dead_letters::verify)
+            .about("Check the results of redrives"),
+        post("/dead-letters/dry-run", Operate, dead_letters::dry_run)
+            .about("Predict the results of redrives"),
+        post("/dead-letters/redrive", Operate, dead_letters::redrive)
+            .about("Redrive at most 500 dead letters at once"),
+        post("/dead-letters/close", Operate, dead_letters::close)
+            .about("Resolve or drop dead letters"),
+        post("/dead-letters/{id}/edit", Operate, dead_letters::edit)
+            .about("Store a corrected body"),
+        get("/dead-letters/jobs", View, jobs::list).about("The newest redrive jobs"),
+        get("/dead-letters/jobs/{id}", View, jobs::show).about("One redrive job"),
+        get("/dead-letters/jobs/{id}/items", View, jobs::items)
+            .about("The dead letters of a job with their results"),
+        post("/dead-letters/jobs", Operate, jobs::create)
+            .about("Redrive dead letters as a job of the hosts"),
+        post("/dead-letters/jobs/{id}/change", Operate, jobs::change)
+            .about("Pause, resume or cancel a job"),
         // Outputs.
-        get("/outbox", View, outbox::list),
-        get("/outbox/{number}", View, outbox::show),
-        post("/outbox/retry", Operate, outbox::retry),
-        post("/outbox/drop", Operate, outbox::drop),
+        get("/outbox", View, outbox::list).about("List outputs, oldest first"),
+        get("/outbox/{number}", View, outbox::show).about("One output with its headers and body"),
+        post("/outbox/retry", Operate, outbox::retry).about("Make parked outputs due again"),
+        post("/outbox/drop", Operate, outbox::drop).about("Drop parked outputs"),
         // Code.
-        post("/components", Deploy, super::upload).with_body_max(component::SIZE_MAX),
-        post("/plan", Deploy, super::plan),
-        post("/deploy", Deploy, super::deploy),
-        post("/rollback", Deploy, super::rollback),
-        post("/retire", Deploy, super::retire),
-        post("/recover", Deploy, super::recover),
+        post("/components", Deploy, super::upload)
+            .with_body_max(component::SIZE_MAX)
+            .about("Store a component"),
+        post("/plan", Deploy, super::plan).about("Plan a deployment"),
+        post("/deploy", Deploy, super::deploy).about("Deploy a worker"),
+        post("/rollback", Deploy, super::rollback).about("Activate an earlier version of a worker"),
+        post("/retire", Deploy, super::retire).about("Retire a worker"),
+        post("/recover", Deploy, super::recover).about("Recover after a restore, or plan to"),
         // Tokens.
-        get("/tokens", Admin, tokens::list),
-        post("/tokens", Admin, tokens::create),
-        post("/tokens/{name}/revoke", Admin, tokens::revoke),
+        get("/tokens", Admin, tokens::list).about("List the named tokens"),
+        post("/tokens", Admin, tokens::create).about("Create a named token"),
+        post("/tokens/{name}/revoke", Admin, tokens::revoke).about("Revoke a named token"),
     ]
 }
 
 fn get<H, T>(path: &'static str, role: Role, handler: H) -> Endpoint
 where
-    H: Handler<T, Arc<Host>>,
+    H: Handler<T, Arc<Host>> + Described<T>,
     T: 'static,
 {
     Endpoint {
         method: Method::GET,
         path,
         role,
+        about: "",
+        function: std::any::type_name::<H>(),
+        contents: H::contents,
         handler: axum::routing::get(handler),
     }
 }
 
 fn post<H, T>(path: &'static str, role: Role, handler: H) -> Endpoint
 where
-    H: Handler<T, Arc<Host>>,
+    H: Handler<T, Arc<Host>> + Described<T>,
     T: 'static,
 {
     Endpoint {
         method: Method::POST,
         path,
         role,
+        about: "",
+        function: std::any::type_name::<H>(),
+        contents: H::contents,
         handler: axum::routing::post(handler),
     }
 }
 
 impl Endpoint {
+    /// Sets the summary.
+    fn about(self, about: &'static str) -> Self {
+        Endpoint { about, ..self }
+    }
+
     /// Replaces the maximum size of a body, in bytes.
     fn with_body_max(self, bytes: usize) -> Self {
         Endpoint {

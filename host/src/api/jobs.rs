@@ -7,6 +7,7 @@ use anyhow::{Context, anyhow};
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -26,7 +27,7 @@ const JOBS_MAX: u32 = 1_000;
 const ITEMS_MAX: u32 = 10_000;
 
 /// Dead letters to redrive as a job. Exactly one of the three selections is set.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct JobRequest {
     /// In the order of their redrives.
@@ -131,7 +132,7 @@ async fn selected(host: &Host, request: &JobRequest) -> anyhow::Result<Vec<NewJo
 }
 
 /// How many jobs to list.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct JobsQuery {
     pub limit: u32,
 }
@@ -154,7 +155,7 @@ pub(super) async fn show(
 }
 
 /// Which dead letters of a job to list.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct JobItemsQuery {
     /// From this position on.
     #[serde(default)]
@@ -174,7 +175,7 @@ pub(super) async fn items(
 }
 
 /// A change of a job.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct JobChange {
     pub action: JobAction,
 }

@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use base64::Engine as _;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -22,6 +23,7 @@ use crate::model::hint::{self, WithHint};
 use crate::model::message;
 use crate::model::oci::Reference;
 use crate::model::redrive;
+use crate::model::schema::Time;
 use crate::model::sql::Dialect;
 use crate::model::subject;
 use crate::relay::{BreakerState, RefusedSubject};
@@ -36,6 +38,7 @@ pub mod dead_letters;
 mod doctor;
 mod endpoints;
 pub mod jobs;
+pub mod openapi;
 pub mod operate;
 pub mod outbox;
 pub mod tokens;
@@ -46,21 +49,19 @@ use activity::{on_object, on_worker, recorded};
 /// The maximum body of requests other than component uploads, in bytes.
 const BODY_MAX: usize = 16 << 20;
 
-/// The routes of the control API. Everything below `/v1` requires `Authorization: Bearer {token}`,
-/// with the token of the host or a named one.
+/// The routes of the control API. Everything below `/v1`, and its description, requires
+/// `Authorization: Bearer {token}`, with the token of the host or a named one.
 pub fn router(host: Arc<Host>, authenticator: Arc<Authenticator>) -> Router {
     let mut authenticated = Router::new();
     for endpoint in endpoints::all() {
         authenticated = authenticated.route(endpoint.path, endpoint.guarded());
     }
-    let authenticated =
-        authenticated
-            .layer(DefaultBodyLimit::max(BODY_MAX))
-            .layer(middleware::from_fn_with_state(
-                authenticator,
-                access::authenticate,
-            ));
+    let authenticate = middleware::from_fn_with_state(authenticator, access::authenticate);
+    let authenticated = authenticated
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(authenticate.clone());
     Router::new()
+        .route("/openapi.json", get(openapi::serve).layer(authenticate))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
@@ -69,7 +70,7 @@ pub fn router(host: Arc<Host>, authenticator: Arc<Authenticator>) -> Router {
 }
 
 /// An error for the CLI, which shows it like its own.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorResponse {
     pub error: String,
     pub causes: Vec<String>,
@@ -159,7 +160,7 @@ async fn metrics(State(host): State<Arc<Host>>) -> Response {
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// The status of a host.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Status {
     /// The version of the host program.
     pub version: String,
@@ -234,13 +235,14 @@ async fn workers(State(host): State<Arc<Host>>) -> ApiResult<Vec<WorkerState>> {
 }
 
 /// One deployment in the history of a worker.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Deployment {
     pub version: u32,
     pub digest: String,
     /// The registry that the component came from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub component: Option<Reference>,
+    #[schemars(with = "Time")]
     pub created_at: jiff::Timestamp,
     pub active: bool,
 }
@@ -272,7 +274,7 @@ pub async fn deployments(
 }
 
 /// The digest of an uploaded component.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Uploaded {
     pub digest: String,
 }
@@ -310,7 +312,7 @@ async fn plan(State(host): State<Arc<Host>>, Json(proposal): Json<Proposal>) -> 
 }
 
 /// The deployment that is active now.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Activated {
     pub worker: String,
     pub version: u32,
@@ -342,10 +344,13 @@ fn activated(record: DeploymentRecord) -> Activated {
 }
 
 /// The worker to roll back, and the version; by default the one before the active one.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct RollbackRequest {
     pub worker: String,
     pub to: Option<u32>,
+    /// Refuse unless this version is active.
+    #[serde(default)]
+    pub from: Option<u32>,
 }
 
 pub async fn rollback(
@@ -357,6 +362,9 @@ pub async fn rollback(
     let change = {
         let host = Arc::clone(&host);
         async move {
+            if let Some(from) = request.from {
+                check_active(&host, &request.worker, from).await?;
+            }
             let record = deploy::rollback(&host, &request.worker, request.to).await?;
             let recorded = json!({ "version": record.version });
             Ok((activated(record), recorded))
@@ -365,8 +373,20 @@ pub async fn rollback(
     Ok(Json(recorded(&host, &caller, activity, change).await?))
 }
 
+/// Fails unless this version of a worker is active.
+async fn check_active(host: &Host, worker: &str, version: u32) -> Result<(), ApiError> {
+    let active = host.services.active_deployment(worker).await?;
+    let active = active.ok_or_else(|| worker_not_found(worker))?;
+    if active.version == version {
+        return Ok(());
+    }
+    let error = anyhow!("version {} of {worker} is active now", active.version)
+        .hint(format!("oncely workers {worker}"));
+    Err(ApiError(StatusCode::CONFLICT, error))
+}
+
 /// The worker to retire.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct RetireRequest {
     pub worker: String,
     /// Whether to keep its consumers.
@@ -392,7 +412,7 @@ pub async fn retire(
 }
 
 /// The state of a worker on one of the live hosts.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct WorkerOnHost {
     pub host: String,
     /// None when that host has not started the worker yet.
@@ -412,7 +432,7 @@ pub async fn hosts(
 }
 
 /// A recovery after a restore, and who requests it.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct RecoverRequest {
     /// Only plan the recovery.
     pub dry_run: bool,
@@ -444,7 +464,7 @@ async fn recover(
 }
 
 /// A message to publish.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct PublishRequest {
     pub subject: String,
     pub headers: Vec<(String, String)>,
@@ -455,7 +475,7 @@ pub struct PublishRequest {
 }
 
 /// The position of a published message.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct PublishAck {
     pub stream: String,
     pub sequence: u64,
@@ -535,12 +555,13 @@ async fn publish(
 }
 
 /// One value of keyed state.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct StateValue {
     pub key: String,
     pub version: u64,
     /// The size of the value, in bytes.
     pub size: u64,
+    #[schemars(with = "Time")]
     pub updated_at: jiff::Timestamp,
     /// Base64; in a list only the first bytes.
     pub value: String,
@@ -559,7 +580,7 @@ impl From<StateRecord> for StateValue {
 }
 
 /// Which values of keyed state to list.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct StateFilter {
     /// The prefix of their keys.
     #[serde(default)]
@@ -585,7 +606,7 @@ pub async fn state_list(
 
 /// The key of a value of keyed state. Keys may contain any character, so they are not part of the
 /// path.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct StateKey {
     pub key: String,
 }

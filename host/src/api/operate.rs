@@ -6,6 +6,7 @@ use anyhow::anyhow;
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -17,7 +18,7 @@ use crate::runtime::{DrainStatus, Host, SkipPlan, SkipTarget, SkippedPart};
 use crate::store::Pause;
 
 /// A pause, with its reason.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct PauseRequest {
     #[serde(default)]
     pub note: Option<String>,
@@ -46,7 +47,7 @@ pub async fn pause(
 }
 
 /// The end of a pause.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Resumed {
     pub was_paused: bool,
 }
@@ -89,7 +90,7 @@ pub(super) async fn drain(
 }
 
 /// The messages to skip.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SkipPlanRequest {
     pub target: SkipTarget,
 }
@@ -104,7 +105,7 @@ pub(super) async fn skip_plan(
 }
 
 /// The next messages to skip of a plan.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SkipRequest {
     pub plan: SkipPlan,
     /// The sequence to continue at: `next` of the previous response, at first `from` of the plan.

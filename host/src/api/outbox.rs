@@ -7,6 +7,7 @@ use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use base64::Engine as _;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -25,7 +26,7 @@ pub async fn list(
 }
 
 /// One complete output.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Output {
     #[serde(flatten)]
     pub summary: OutputSummary,
@@ -55,7 +56,7 @@ pub async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> Api
 }
 
 /// Parked outputs, and a note on the decision.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct ParkedOutputsRequest {
     pub numbers: Vec<i64>,
     #[serde(default)]
@@ -63,7 +64,7 @@ pub struct ParkedOutputsRequest {
 }
 
 /// How many outputs were changed. The others were not parked any more.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct ParkedOutputsResponse {
     pub outputs: u64,
 }

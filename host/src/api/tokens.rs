@@ -8,6 +8,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -17,6 +18,7 @@ use super::activity::{on_object, recorded};
 use super::{ApiError, ApiResult};
 use crate::model::hint::WithHint;
 use crate::model::role::{Role, check_token_name};
+use crate::model::schema::Time;
 use crate::runtime::Host;
 use crate::store::{StoreError, TokenRecord};
 
@@ -24,7 +26,7 @@ use crate::store::{StoreError, TokenRecord};
 const LIFETIME_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 /// A token to create.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct TokenRequest {
     pub name: String,
     pub role: Role,
@@ -33,7 +35,7 @@ pub struct TokenRequest {
 }
 
 /// A new token. Its secret is shown once.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct CreatedToken {
     pub secret: String,
     #[serde(flatten)]
@@ -41,11 +43,12 @@ pub struct CreatedToken {
 }
 
 /// The caller's own name and role.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct WhoAmI {
     /// `host` for the host's own token.
     pub name: String,
     pub role: Role,
+    #[schemars(with = "Option<Time>")]
     pub expires_at: Option<Timestamp>,
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use jiff::{SignedDuration, Timestamp};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::difference::Kind;
@@ -20,7 +21,7 @@ use crate::store::{AuditedDeadLetter, Cursor};
 const CLOCK_SKEW_MAX: SignedDuration = SignedDuration::from_mins(2);
 
 /// The dead letters of an audit.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeadLetterCounts {
     /// Those that died in the window.
     pub dead_letters: u64,

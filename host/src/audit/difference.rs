@@ -1,5 +1,6 @@
 //! The differences that an audit reports.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::model::explanation::codes;
@@ -42,7 +43,7 @@ codes! {
 }
 
 /// A difference between the database and the streams, or within the database.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Difference {
     /// The name of a [`Kind`].
     pub kind: String,

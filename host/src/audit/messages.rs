@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use anyhow::Result;
 use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::difference::{Difference, Kind};
@@ -20,7 +21,7 @@ use crate::store::Outcome;
 const READ_CONCURRENCY: usize = 16;
 
 /// The messages of one worker.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct WorkerCounts {
     pub worker: String,
     pub stream: String,

@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use jiff::{SignedDuration, Timestamp};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::manifest::Worker;
 use crate::model::hint::WithHint as _;
+use crate::model::schema::Time;
 use crate::model::units;
 use crate::services::Services;
 use crate::store::PublishedOutput;
@@ -36,9 +38,10 @@ const LISTED_MAX: usize = 1_000;
 const EDGE: Duration = Duration::from_secs(60);
 
 /// What to audit.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AuditRequest {
     /// The beginning of the window.
+    #[schemars(with = "Time")]
     pub since: Timestamp,
     /// Only this worker's messages; all workers by default.
     #[serde(default)]
@@ -58,10 +61,12 @@ pub struct Kept {
 }
 
 /// The result of an audit.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Audit {
     /// The beginning of the window of messages and dead letters, and that of outputs.
+    #[schemars(with = "Time")]
     pub since: Timestamp,
+    #[schemars(with = "Time")]
     pub outputs_since: Timestamp,
     pub workers: Vec<WorkerCounts>,
     pub outputs: OutputCounts,

@@ -5,6 +5,7 @@ use std::hash::{BuildHasher, RandomState};
 
 use anyhow::Result;
 use jiff::{SignedDuration, Timestamp};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::difference::Kind;
@@ -24,7 +25,7 @@ const OUTPUTS_MAX: usize = 5_000_000;
 const CLOCK_SKEW_MAX: SignedDuration = SignedDuration::from_mins(2);
 
 /// The outputs of an audit.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct OutputCounts {
     /// Outputs that were recorded as published in the window.
     pub published: u64,

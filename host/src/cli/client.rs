@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
-use reqwest::header::HeaderValue;
+use reqwest::header::{self, HeaderValue};
 use reqwest::{Method, StatusCode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -143,6 +143,25 @@ impl Client {
     /// The address of the host, without a slash at the end.
     pub fn base(&self) -> &str {
         &self.base
+    }
+
+    /// The same host, for a program that acts for the user. Its name is recorded with the user's.
+    pub fn via(mut self, program: &str) -> Self {
+        let user = self
+            .stated_name
+            .as_ref()
+            .and_then(|name| name.to_str().ok());
+        let name = format!("{} via {program}", user.unwrap_or("unknown"));
+        self.stated_name = HeaderValue::from_str(&name).ok();
+        self
+    }
+
+    /// A page of the console, as JSON.
+    pub async fn page<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        let request = self.http.get(format!("{}{path}", self.base));
+        let request = request.bearer_auth(&self.token);
+        self.send(request.header(header::ACCEPT, "application/json"))
+            .await
     }
 
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {

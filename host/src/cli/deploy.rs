@@ -197,6 +197,7 @@ impl Rollback {
         let request = RollbackRequest {
             worker: self.worker,
             to: self.to,
+            from: None,
         };
         let activated: Activated = client.post("/rollback", &request).await?;
         rollout::wait(&client, &activated, false, self.no_wait).await

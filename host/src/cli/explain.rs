@@ -62,6 +62,19 @@ impl Explain {
     }
 }
 
+/// The explanations of a code, each with the title of its part.
+pub(super) fn find(code: &str) -> Vec<(&'static str, Explanation)> {
+    let of_group = |group: Group| {
+        let codes = group.codes.into_iter();
+        codes.map(move |one| (group.title, one))
+    };
+    groups()
+        .into_iter()
+        .flat_map(of_group)
+        .filter(|(_, one)| one.code == code)
+        .collect()
+}
+
 fn groups() -> [Group; 7] {
     [
         Group {

@@ -19,6 +19,7 @@ pub mod exit;
 mod explain;
 mod lock;
 mod log_line;
+mod mcp;
 mod new;
 mod operate;
 mod outbox;
@@ -76,6 +77,7 @@ enum Command {
     Activity(activity::Activity),
     Token(token::Token),
     Console(console::Console),
+    Mcp(mcp::Mcp),
     Completions(completions::Completions),
     Schema(schema::Schema),
     Explain(explain::Explain),
@@ -112,6 +114,7 @@ impl Cli {
             Command::Activity(activity) => activity.run().await,
             Command::Token(token) => token.run().await,
             Command::Console(console) => console.run().await,
+            Command::Mcp(mcp) => mcp.run().await,
             Command::Completions(completions) => completions.run(),
             Command::Schema(schema) => schema.run(),
             Command::Explain(explain) => explain.run(),

@@ -7,6 +7,7 @@ use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
 use jsonschema::{Keyword, PatternOptions, ValidationError, Validator};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -40,7 +41,7 @@ const VALUE_MAX: usize = 100;
 const STEP_KEYWORD: &str = "oncely:step";
 
 /// `[[worker.schema]]`: the JSON Schema of the messages of a subject, with the content of its file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SubjectSchema {
     /// The subjects whose messages it describes, wildcards allowed.
     pub subject: String,

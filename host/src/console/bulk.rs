@@ -168,6 +168,7 @@ async fn apply(
             ids: chunk.iter().map(|one| one.id).collect(),
             action,
             by: by.clone(),
+            seen: Vec::new(),
         };
         let Json(done) = match action {
             Action::Redrive => {

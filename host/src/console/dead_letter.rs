@@ -126,6 +126,7 @@ pub async fn close(
         ids: vec![id],
         action,
         by,
+        seen: Vec::new(),
     };
     let Json(results) =
         dead_letters::close(host(&console), visitor.caller.clone(), Json(request)).await?;

@@ -150,6 +150,7 @@ pub async fn save(
     let request = EditRequest {
         body: STANDARD.encode(&new),
         by,
+        seen: None,
     };
     let Json(results) = dead_letters::edit(
         host(&console),

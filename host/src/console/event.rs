@@ -197,7 +197,8 @@ async fn output_on_stream(
     })
 }
 
-/// Counts the copies of all outputs on their streams, with one scan of each stream.
+/// Counts the copies of all outputs on their streams, with one scan of each stream. A queue cannot
+/// be scanned: its messages leave it as they are handled.
 async fn count_copies(console: &Console, outputs: &mut [EventOutput]) -> Result<(), Problem> {
     let mut streams: BTreeMap<String, Timestamp> = BTreeMap::new();
     for output in outputs.iter() {
@@ -209,8 +210,11 @@ async fn count_copies(console: &Console, outputs: &mut [EventOutput]) -> Result<
     }
     for (stream, first) in streams {
         let since = first.checked_sub(CLOCK_SKEW).unwrap_or(first);
-        let mut copies: HashMap<String, u64> = HashMap::new();
         let bus = &console.host.services.bus;
+        if bus.stream(&stream).await?.is_none_or(|info| info.is_queue) {
+            continue;
+        }
+        let mut copies: HashMap<String, u64> = HashMap::new();
         let count = |message: crate::bus::ScannedMessage| {
             if let Some(id) = header(&message.headers, "Nats-Msg-Id") {
                 *copies.entry(id.to_owned()).or_default() += 1;

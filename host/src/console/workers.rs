@@ -367,6 +367,7 @@ pub async fn rollback(
     let request = RollbackRequest {
         worker: worker.clone(),
         to: fields.number("to"),
+        from: None,
     };
     let result = match api::rollback(host(&console), visitor.caller.clone(), Json(request)).await {
         Ok(Json(now)) => Ok(format!(

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -28,7 +29,9 @@ const ROWS_MAX: usize = 100;
 const LATER_MESSAGES_MAX: usize = 20_000;
 
 /// The predicted result of a redrive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Prediction {
     /// It would take effect.
@@ -60,7 +63,7 @@ impl Prediction {
 }
 
 /// The dry run of one dead letter, for people and for plans.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Preview {
     pub dead_letter: i64,
     pub worker: String,
@@ -79,7 +82,7 @@ pub struct Preview {
 
 /// The conditions under which a prediction holds. Another deployment, dead letter or data may lead
 /// to another result.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Preconditions {
     /// Number of earlier redrives of the dead letter.
     pub generation: u32,
@@ -116,7 +119,7 @@ pub fn stale_reason(planned: &Preconditions, current: &Preview) -> Option<String
 }
 
 /// An output that the dry run did not send.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct UnsentOutput {
     pub id: String,
     pub subject: String,
@@ -126,7 +129,8 @@ pub struct UnsentOutput {
 }
 
 /// A key of state before and after.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "DryRunStateChange")]
 pub struct StateChange {
     pub key: String,
     pub before: Option<StateValue>,
@@ -134,7 +138,8 @@ pub struct StateChange {
 }
 
 /// A value of state.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "DryRunStateValue")]
 pub struct StateValue {
     pub version: u64,
     /// Base64.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use async_trait::async_trait;
 use bytes::Bytes;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::CompileSettings;
@@ -26,7 +27,7 @@ use crate::store::{DeadLetterRecord, Store};
 const TIME_LIMIT: Duration = Duration::from_secs(10 * 60);
 
 /// The data for a replay of the last attempt at a dead letter, without the component.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Replayable {
     /// The version of the worker that made the attempt.
     pub version: u32,
@@ -34,6 +35,8 @@ pub struct Replayable {
     pub digest: String,
     /// Its manifest, with all defaults filled in.
     pub manifest: Worker,
+    /// The recording, in a form of this version.
+    #[schemars(with = "serde_json::Value")]
     pub record: Record,
 }
 

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::StartPosition;
@@ -19,7 +20,7 @@ use crate::store::{DeadLetterRecord, DeadLetterState, DeadLetterSummary};
 const MESSAGES_MAX: usize = 1_000_000;
 
 /// The check of one dead letter's event.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeadLetterCheck {
     pub dead_letter: i64,
     pub worker: String,
@@ -34,7 +35,7 @@ pub struct DeadLetterCheck {
 }
 
 /// All checks, and the limits of the scan.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Verification {
     pub dead_letters: Vec<DeadLetterCheck>,
     /// Streams with more messages than were scanned.

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::bus::{Bus, NO_SERVER_HINT, OtherInstallation};
@@ -38,7 +39,7 @@ const READ_TIMEOUT: Duration = Duration::from_secs(4);
 const DATABASE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The result of one check.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Finding {
     /// The name of the check.
     pub check: String,
@@ -53,8 +54,11 @@ pub struct Finding {
 }
 
 /// The weight of a finding.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
+#[schemars(rename = "FindingLevel")]
 pub enum Level {
     Ok,
     /// It could be better.
@@ -64,7 +68,8 @@ pub enum Level {
 }
 
 /// All findings.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "DoctorReport")]
 pub struct Report {
     pub findings: Vec<Finding>,
 }

@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::model::explanation::Explanation;
 use crate::model::failure_group::FailureGroup;
 use crate::model::message::{Output, OutputKind};
+use crate::model::schema::Time;
 use crate::model::units;
 
 /// The stream of all alarms.
@@ -28,8 +30,11 @@ pub const NEW_FAILURE_RESET_AFTER: Duration = Duration::from_secs(60 * 60);
 pub const NEW_FAILURES_WINDOW: Duration = Duration::from_secs(60 * 60);
 
 /// The subject of an alarm. [`Kind::as_str`] is its public name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "kebab-case")]
+#[schemars(rename = "AlarmKind")]
 pub enum Kind {
     /// Too many dead letters are open.
     DeadLetters,
@@ -60,19 +65,23 @@ pub enum Kind {
 pub const HOST: &str = "_host";
 
 /// `[worker.alarm]`: the thresholds of a worker's alarms. A threshold of zero disables its alarm.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
+#[schemars(rename = "AlarmThresholds")]
 pub struct Thresholds {
     /// Open dead letters.
     pub dead_letters: u32,
     /// Age of the oldest open dead letter.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub dead_letter_age: Duration,
     /// Age of the oldest unsettled message on the stream.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub unhandled_age: Duration,
     /// Age of the oldest output that is due and unpublished.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub unpublished_age: Duration,
     /// Parked outputs.
     pub parked: u32,
@@ -82,6 +91,7 @@ pub struct Thresholds {
     pub new_failures: u32,
     /// How long a value must stay at half of its threshold or below before the alarm is cleared.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub clear_after: Duration,
 }
 
@@ -252,7 +262,7 @@ impl Thresholds {
 }
 
 /// An alarm as stored.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Alarm {
     /// The name of the worker, or [`HOST`] for an alarm of a host itself.
     pub worker: String,
@@ -268,8 +278,10 @@ pub struct Alarm {
     /// The threshold that `value` reached, in the same unit.
     pub threshold: u64,
     /// When it was last raised.
+    #[schemars(with = "Time")]
     pub raised_at: Timestamp,
     /// None while it is raised.
+    #[schemars(with = "Option<Time>")]
     pub cleared_at: Option<Timestamp>,
     /// How long the value has been low enough to clear it, in milliseconds. None if it is not.
     pub recovering_ms: Option<u64>,

@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Failures in a row that open the breaker.
@@ -31,8 +32,9 @@ pub enum Permit {
 }
 
 /// The public state of a breaker.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
+#[schemars(rename = "BreakerCondition")]
 pub enum State {
     /// Calls proceed.
     Closed,

@@ -1,5 +1,6 @@
 //! Groups of dead letters with the same failure, by a fingerprint without the values of a message.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -12,7 +13,7 @@ const SHAPE_MAX: usize = 300;
 const FRAMES_MAX: usize = 3;
 
 /// The failure that a group of dead letters shares.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 pub struct FailureGroup {
     /// 16 hex digits, derived from the worker and all fields below.
     pub id: String,

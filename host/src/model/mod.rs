@@ -21,6 +21,7 @@ pub mod redrive;
 pub mod request;
 pub mod retry;
 pub mod role;
+pub mod schema;
 pub mod signature;
 pub mod sql;
 pub mod subject;

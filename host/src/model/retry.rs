@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::model::units;
@@ -10,23 +11,25 @@ use crate::model::units;
 pub const WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// `[worker.retry]`: the number of attempts, and the waits between them.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RetryPolicy {
     /// Attempts before a message is dead-lettered; 1 means no retry.
     pub attempts: u32,
     /// The longest wait after the first failed attempt. It doubles with each further attempt.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub backoff: Duration,
     /// The upper limit of that doubling.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub backoff_max: Duration,
     /// The handling of a trap that repeats after exactly the same host calls and results.
     pub deterministic_failures: OnDeterministicFailure,
 }
 
 /// The handling of a deterministic failure: two attempts prove that a third fails in the same way.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDeterministicFailure {
     /// The message is dead-lettered at once.

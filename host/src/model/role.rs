@@ -1,5 +1,6 @@
 //! Roles of access tokens. Each role includes the ones before it.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The name of the host's own token in the activity log. No named token can have it.
@@ -9,7 +10,9 @@ pub const HOST_ACTOR: &str = "host";
 const NAME_MAX: usize = 64;
 
 /// The rights of a caller of the control API.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// Reads everything, dead letters and their bodies included. Changes nothing.

@@ -8,6 +8,7 @@ use std::fmt;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::oci::{Digest, Manifest};
@@ -29,7 +30,7 @@ const PEM_BEGIN: &str = "-----BEGIN PUBLIC KEY-----";
 const PEM_END: &str = "-----END PUBLIC KEY-----";
 
 /// A signature of a component. Signatures are ECDSA on P-256 over SHA-256, as Base64 of DER.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase", tag = "of")]
 pub enum Signature {
     /// Of the bytes of the component, as `cosign sign-blob` makes it.
@@ -47,7 +48,7 @@ pub enum Signature {
 }
 
 /// A payload with its signature.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SignedPayload {
     /// The signed text: JSON with the digest of a manifest.
     pub payload: String,

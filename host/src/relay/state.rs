@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
@@ -12,7 +13,7 @@ use crate::model::breaker::{Breaker, State};
 use crate::store::{LEASE_SAFE_FOR, RelayMode, WalState};
 
 /// Public state of the breaker of one stream.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BreakerState {
     pub stream: String,
     pub state: State,
@@ -21,7 +22,7 @@ pub struct BreakerState {
 }
 
 /// A subject that its stream refuses, although it may accept others.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RefusedSubject {
     pub subject: String,
     /// The last refusal that opened its breaker.

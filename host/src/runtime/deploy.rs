@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, anyhow, bail};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -24,7 +25,8 @@ use crate::runtime::plan_details::{
 use crate::store::DeploymentRecord;
 
 /// A deployment to make. The component is uploaded before it, under its digest.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "DeploymentProposal")]
 pub struct Proposal {
     pub worker: Worker,
     /// SHA-256 of the component, lower-case hex.
@@ -38,7 +40,8 @@ pub struct Proposal {
 }
 
 /// The changes that a deployment will make.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "DeploymentPlan")]
 pub struct Plan {
     pub worker: String,
     /// The version that is active now.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 
 use anyhow::{Context, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Host;
@@ -12,7 +13,7 @@ use crate::bus::ConsumerState;
 use crate::store::{OutboxLag, Pause};
 
 /// How far a paused worker is drained, on all hosts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DrainStatus {
     /// None if the worker is not paused.
     pub pause: Option<Pause>,
@@ -27,7 +28,7 @@ pub struct DrainStatus {
 }
 
 /// How far a paused worker is drained on one host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct HostDrain {
     pub host: String,
     /// Whether the host has stopped taking messages and requests of the worker.

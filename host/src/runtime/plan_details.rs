@@ -1,6 +1,7 @@
 //! The changes of a deployment by kind, as `oncely deploy --plan --json` prints them.
 
 use anyhow::{Context, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -9,7 +10,7 @@ use crate::config::manifest::Worker;
 use crate::consumer::subscriptions;
 
 /// The changes of a deployment by kind. `docs/deploying.md` documents the JSON.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PlanDetails {
     pub action: Action,
     /// The SHA-256 of the component; none if it stays.
@@ -25,8 +26,9 @@ pub struct PlanDetails {
 }
 
 /// The effect of a deployment on its worker.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[schemars(rename = "DeploymentAction")]
 pub enum Action {
     /// The worker is new, or it was retired.
     Create,
@@ -37,14 +39,14 @@ pub enum Action {
 }
 
 /// A value before and after.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Change<Old, New> {
     pub old: Old,
     pub new: New,
 }
 
 /// A changed key of the manifest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct KeyChange {
     /// The key with its tables, such as `retry.attempts`.
     pub key: String,
@@ -55,7 +57,7 @@ pub struct KeyChange {
 }
 
 /// A changed consumer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConsumerChange {
     pub stream: String,
     pub consumer: String,
@@ -63,7 +65,7 @@ pub struct ConsumerChange {
 }
 
 /// The effect of a deployment on a consumer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ConsumerAction {
     /// It is created if it does not exist.

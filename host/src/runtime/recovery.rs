@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Host;
@@ -23,6 +24,7 @@ use crate::model::invalidation::CACHE_STREAM;
 use crate::model::message::header;
 use crate::model::output_ids::OUTPUT_ID_HEADER;
 use crate::model::redrive::REDRIVE_STREAM;
+use crate::model::schema::Time;
 use crate::store::{
     Attribution, BrokerState, DeadLetterFilter, DeadLetterState, RecoveredOutput, Redrive,
     all_dead_letters,
@@ -38,11 +40,12 @@ const PAGE_SIZE: usize = 5_000;
 const WATERMARK_TRIES_MAX: u32 = 5;
 
 /// The steps of a recovery, executed or planned.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Recovery {
     /// The reasons for the recovery; empty when there is nothing to recover.
     pub reasons: Vec<String>,
     /// When the database and NATS last agreed, according to the database.
+    #[schemars(with = "Option<Time>")]
     pub agreed_at: Option<Timestamp>,
     pub consumers: Vec<ConsumerRewind>,
     pub streams: Vec<StreamScan>,
@@ -53,7 +56,7 @@ pub struct Recovery {
 }
 
 /// The position of a worker on its stream.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConsumerRewind {
     pub worker: String,
     pub stream: String,
@@ -69,7 +72,7 @@ pub struct ConsumerRewind {
 }
 
 /// A stream of outputs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct StreamScan {
     pub stream: String,
     /// The number of outputs stored since shortly before the database and NATS last agreed.

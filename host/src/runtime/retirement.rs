@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -22,7 +23,7 @@ const STOP_POLL_INTERVAL: Duration = Duration::from_millis(250);
 const REPORTS_UNTIL_CURRENT: u64 = 2;
 
 /// The result of retiring a worker.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct RetiredWorker {
     pub worker: String,
     /// The version that was active.

@@ -8,6 +8,7 @@
 
 use anyhow::{Context, Result, anyhow};
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Host;
@@ -15,6 +16,7 @@ use crate::bus::StreamRange;
 use crate::config::manifest::Worker;
 use crate::model::hint::WithHint;
 use crate::model::message::Message;
+use crate::model::schema::Time;
 use crate::store::{Claim, Pause, Skipped, StoreError};
 
 /// How many messages one transaction skips.
@@ -25,23 +27,24 @@ const SAMPLE_SIZE: usize = 5;
 const SAMPLE_AMONG: usize = 100;
 
 /// The end of the messages to skip.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum SkipTarget {
     /// Up to this sequence, inclusive.
     To(u64),
     /// Messages that were stored before this time.
-    Until(Timestamp),
+    Until(#[schemars(with = "Time")] Timestamp),
     /// All messages that are on the stream now.
     All,
 }
 
 /// The messages that would be skipped.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SkipPlan {
     pub worker: String,
     pub stream: String,
     /// Identifies the stream: a stream that was created again has other messages.
+    #[schemars(with = "Time")]
     pub stream_created: Timestamp,
     /// The subjects of the worker; empty for all of the stream.
     pub subjects: Vec<String>,
@@ -57,16 +60,17 @@ pub struct SkipPlan {
 }
 
 /// A message that would be skipped.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SkipSample {
     pub sequence: u64,
+    #[schemars(with = "Time")]
     pub stored_at: Timestamp,
     pub subject: String,
     pub event_id: String,
 }
 
 /// The result of skipping a part of the messages.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SkippedPart {
     #[serde(flatten)]
     pub skipped: Skipped,

@@ -21,7 +21,7 @@ use crate::store::{OutboxLag, Pause, RelayMode};
 const UNHANDLED_WITHIN: Duration = Duration::from_secs(1);
 
 /// The state of one worker on a host.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 pub struct WorkerState {
     pub worker: String,
     /// The version that runs here.
@@ -59,7 +59,9 @@ pub struct WorkerState {
 }
 
 /// Whether a worker works on a host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum RunState {
     /// It is being prepared, or its subscription is yet to be confirmed.

@@ -5,12 +5,14 @@
 
 use anyhow::Context as _;
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::db::{Db, Param, Row, Sql};
 use super::rows::Columns as _;
 use super::{Result, Store, StoreError, shared};
+use crate::model::schema::Time;
 
 /// The caller of a change.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,11 +48,12 @@ pub enum ActivityOutcome {
 }
 
 /// An activity with its outcome.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ActivityRecord {
     /// Increases with time, apart from concurrent changes.
     pub id: i64,
     /// When the change was requested.
+    #[schemars(with = "Time")]
     pub at: Timestamp,
     /// The name of the token.
     pub actor: String,
@@ -69,6 +72,7 @@ pub struct ActivityRecord {
     /// `done` or `failed`; `None` while it runs, or if the host ended meanwhile.
     pub outcome: Option<String>,
     /// The end of the change.
+    #[schemars(with = "Option<Time>")]
     pub ended_at: Option<Timestamp>,
     /// The reason of a failure.
     pub error: Option<String>,
@@ -77,7 +81,7 @@ pub struct ActivityRecord {
 }
 
 /// A filter for activities. Results are sorted newest first.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct ActivityFilter {
     /// The name of a worker; `None` for all.
@@ -87,6 +91,7 @@ pub struct ActivityFilter {
     /// The name of a command; `None` for all.
     pub verb: Option<String>,
     /// Requested at this time or later.
+    #[schemars(with = "Option<Time>")]
     pub since: Option<Timestamp>,
     /// Only ids below this one.
     pub below: Option<i64>,

@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Result, StoreError};
 
 /// A row before and after the transaction, as an object with one value per column.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RowChange {
     /// The name of the table.
     pub table: String,
@@ -18,7 +19,8 @@ pub struct RowChange {
 }
 
 /// All changes of a transaction, as far as they are known.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "RowChanges")]
 pub struct Changes {
     /// The changed rows, at most `limit` of each table.
     pub rows: Vec<RowChange>,

@@ -5,11 +5,13 @@ use std::collections::hash_map::Entry;
 
 use bytes::Bytes;
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Result, Store};
 use crate::model::failure_group::FailureGroup;
 use crate::model::message::{Headers, Message};
+use crate::model::schema::Time;
 use crate::model::subject;
 use crate::model::verdict::{Reason, Settled};
 
@@ -17,7 +19,7 @@ use crate::model::verdict::{Reason, Settled};
 const PAGE_SIZE: u32 = 500;
 
 /// The state of a dead letter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DeadLetterState {
     /// It waits for an operator.
@@ -57,11 +59,12 @@ impl DeadLetterState {
 }
 
 /// A counted failed attempt, for display.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AttemptRecord {
     /// 1 for the first attempt at the event.
     pub attempt: u32,
     /// When the attempt was counted.
+    #[schemars(with = "Time")]
     pub at: Timestamp,
     /// The version of the worker that made the attempt.
     pub version: u32,
@@ -74,7 +77,7 @@ pub struct AttemptRecord {
 }
 
 /// One dead letter in a list.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeadLetterSummary {
     /// The number that operators pass to the commands, unique in the database.
     pub id: i64,
@@ -100,10 +103,12 @@ pub struct DeadLetterSummary {
     /// The version of the worker that dead-lettered it last.
     pub version: u32,
     /// The last time, if it was dead-lettered more than once.
+    #[schemars(with = "Time")]
     pub died_at: Timestamp,
     /// How many times it was redriven.
     pub generation: u32,
     /// When it was last redriven or closed.
+    #[schemars(with = "Option<Time>")]
     pub last_action_at: Option<Timestamp>,
     /// The stream of the message; `None` if it came from no stream.
     pub stream: Option<String>,
@@ -133,9 +138,10 @@ pub struct EditRecord {
 }
 
 /// An operator's action on a dead letter.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AuditRecord {
     /// When the action was done.
+    #[schemars(with = "Time")]
     pub at: Timestamp,
     /// `redrive`, `edit`, `resolve` or `drop`.
     pub action: String,
@@ -150,7 +156,7 @@ pub struct AuditRecord {
 }
 
 /// An output of a dead letter's event, after the event took effect.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeadLetterOutput {
     /// The readable id.
     pub id: String,
@@ -190,7 +196,7 @@ pub struct DeadLetterRecord {
 }
 
 /// A filter for dead letters. Results are sorted newest first.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct DeadLetterFilter {
     /// Only these ids; all if it is empty.
@@ -206,8 +212,10 @@ pub struct DeadLetterFilter {
     /// A subject, or a pattern with NATS wildcards.
     pub subject: Option<String>,
     /// Dead-lettered at this time or later.
+    #[schemars(with = "Option<Time>")]
     pub since: Option<Timestamp>,
     /// Dead-lettered before this time.
+    #[schemars(with = "Option<Time>")]
     pub until: Option<Timestamp>,
     /// Include done, resolved and dropped ones.
     pub closed: bool,
@@ -237,7 +245,7 @@ impl DeadLetterFilter {
 }
 
 /// Dead letters with the same failure.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeadLetterGroup {
     /// `None` for dead letters that are older than groups.
     pub group: Option<FailureGroup>,
@@ -246,8 +254,10 @@ pub struct DeadLetterGroup {
     /// How many of them match the filter.
     pub dead_letters: u64,
     /// When the first and the last of them were dead-lettered.
+    #[schemars(with = "Time")]
     pub first_died_at: Timestamp,
     /// Equal to `first_died_at` if there is one dead letter.
+    #[schemars(with = "Time")]
     pub last_died_at: Timestamp,
     /// The id of the newest one.
     pub last_dead_letter: i64,
@@ -339,7 +349,7 @@ pub async fn all_dead_letters(
 }
 
 /// A dead letter to redrive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Redrive {
     /// The id of the dead letter.
     pub id: i64,
@@ -392,8 +402,21 @@ impl DeadLetterAction {
     }
 }
 
+/// A dead letter as a client saw it. An action with it is refused if the dead letter has changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SeenDeadLetter {
+    /// The id of the dead letter.
+    pub id: i64,
+    /// Its state.
+    pub state: DeadLetterState,
+    /// How many times it was redriven.
+    pub generation: u32,
+    /// How many corrected bodies it has.
+    pub edits: u32,
+}
+
 /// The result of an action on one dead letter.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeadLetterActionResult {
     /// The id of the dead letter.
     pub id: i64,
@@ -470,6 +493,20 @@ impl LockedDeadLetter {
                 Some(format!("it is closed ({})", self.state.as_str()))
             }
             _ => None,
+        }
+    }
+
+    /// The reason why an action is refused whose client saw it otherwise; `None` if it did not.
+    pub fn change_since(&self, seen: &SeenDeadLetter, edits: u32) -> Option<String> {
+        match () {
+            () if seen.generation != self.generation => Some("it was redriven since".to_owned()),
+            () if seen.state != self.state => Some(format!(
+                "it was {} and is {} now",
+                seen.state.as_str(),
+                self.state.as_str()
+            )),
+            () if seen.edits != edits => Some("its body was corrected since".to_owned()),
+            () => None,
         }
     }
 

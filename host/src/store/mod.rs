@@ -69,8 +69,8 @@ pub use changes::{Changes, RowChange, TableRows, changed_rows};
 pub use dead_letters::{
     AttemptRecord, Attribution, AuditRecord, DeadLetterAction, DeadLetterActionResult,
     DeadLetterDepth, DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
-    DeadLetterState, DeadLetterSummary, EditRecord, Redrive, RedriveLookup, all_dead_letters,
-    grouped_dead_letters,
+    DeadLetterState, DeadLetterSummary, EditRecord, Redrive, RedriveLookup, SeenDeadLetter,
+    all_dead_letters, grouped_dead_letters,
 };
 pub(crate) use error::{BrokenStatement, is_busy};
 pub use error::{Result, StoreError};
@@ -804,8 +804,20 @@ impl Store {
         action: &DeadLetterAction,
         attribution: &Attribution,
     ) -> Result<Vec<DeadLetterActionResult>> {
+        self.update_seen_dead_letters(ids, action, attribution, &[])
+            .await
+    }
+
+    /// Like [`Store::update_dead_letters`]. Those in `seen` are refused if they have changed.
+    pub async fn update_seen_dead_letters(
+        &self,
+        ids: &[i64],
+        action: &DeadLetterAction,
+        attribution: &Attribution,
+        seen: &[SeenDeadLetter],
+    ) -> Result<Vec<DeadLetterActionResult>> {
         let mut db = self.write().await?;
-        let done = redrive::update_dead_letters(&mut db, ids, action, attribution).await?;
+        let done = redrive::update_dead_letters(&mut db, ids, action, attribution, seen).await?;
         db.commit().await?;
         Ok(done)
     }

@@ -2,16 +2,19 @@
 
 use anyhow::Context as _;
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::db::{Param, Row, Sql};
 use super::rows::Columns as _;
 use super::{Attribution, Result, Store, StoreError, shared};
+use crate::model::schema::Time;
 
 /// The pause of a worker.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Pause {
     /// When it was paused. Distinguishes this pause from earlier ones of the worker.
+    #[schemars(with = "Time")]
     pub at: Timestamp,
     /// The name of the token.
     pub actor: String,

@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use crate::model::alarm;
 use crate::model::message::Headers;
 use crate::model::output_ids;
+use crate::model::schema::Time;
 use crate::model::verdict::Settled;
 
 /// The last report of a live host.
@@ -224,7 +225,9 @@ pub struct DeadLettered {
 }
 
 /// A filter for outputs. Results are sorted oldest first.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 pub struct OutputFilter {
     /// The name of a worker; `None` for all workers.
     pub worker: Option<String>,
@@ -239,7 +242,9 @@ pub struct OutputFilter {
 }
 
 /// One output in a list.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 pub struct OutputSummary {
     /// The number of its row.
     pub number: i64,
@@ -266,12 +271,16 @@ pub struct OutputSummary {
     /// The last publish error.
     pub error: Option<String>,
     /// When it was committed.
+    #[schemars(with = "Time")]
     pub created_at: Timestamp,
     /// When it may be published, after its delay or after a failed attempt.
+    #[schemars(with = "Time")]
     pub due_at: Timestamp,
     /// When it was parked; `None` if it is not parked.
+    #[schemars(with = "Option<Time>")]
     pub parked_at: Option<Timestamp>,
     /// When it was dropped; `None` if it is not dropped.
+    #[schemars(with = "Option<Time>")]
     pub dropped_at: Option<Timestamp>,
     /// The reason for dropping it, as the operator wrote it.
     pub note: Option<String>,
@@ -340,7 +349,9 @@ pub struct StateRecord {
 pub const STATE_PREVIEW: u32 = 256;
 
 /// Counts and ages of one worker.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 pub struct WorkerTotals {
     /// The name of the worker.
     pub worker: String,

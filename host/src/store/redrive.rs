@@ -10,7 +10,7 @@ use super::dead_letters::{self, LockedDeadLetter};
 use super::rows::Columns as _;
 use super::{
     Attribution, DeadLetterAction, DeadLetterActionResult, DeadLetterState, OutboxRow, Output,
-    Redrive, RedriveLookup, Result, StoreError, attempts, outputs, rows, shared,
+    Redrive, RedriveLookup, Result, SeenDeadLetter, StoreError, attempts, outputs, rows, shared,
 };
 use crate::model::redrive::Pointer;
 use crate::model::verdict::Settled;
@@ -65,16 +65,28 @@ pub(super) async fn update_dead_letters(
     ids: &[i64],
     action: &DeadLetterAction,
     attribution: &Attribution,
+    seen: &[SeenDeadLetter],
 ) -> Result<Vec<DeadLetterActionResult>> {
     // Lock the dead letters, wait for redriven ones in progress, and check each.
     let mut found = lock_dead_letters(db, ids).await?;
     if action.closed_state().is_some() && wait_for_redriven_deliveries(db, &found).await? {
         found = lock_dead_letters(db, ids).await?;
     }
+    let edits = match seen {
+        [] => HashMap::new(),
+        _ => edit_counts(db, ids).await?,
+    };
     let mut refused = Vec::new();
     let mut done = Vec::new();
     for dead_letter in found {
-        match dead_letter.action_refusal(action) {
+        let change = seen
+            .iter()
+            .find(|seen| seen.id == dead_letter.id)
+            .and_then(|seen| {
+                let edits = edits.get(&dead_letter.id).copied().unwrap_or_default();
+                dead_letter.change_since(seen, edits)
+            });
+        match change.or_else(|| dead_letter.action_refusal(action)) {
             Some(why) => refused.push((dead_letter.id, why)),
             None => done.push(dead_letter.id),
         }
@@ -179,6 +191,23 @@ async fn inbox_states(db: &mut Db, ids: &[i64]) -> Result<HashMap<i64, String>> 
         Ok((row.get("id")?, row.text("state")?))
     })?;
     Ok(states.into_iter().collect())
+}
+
+/// The number of corrected bodies of each locked dead letter that has some: the last one has it.
+async fn edit_counts(db: &mut Db, ids: &[i64]) -> Result<HashMap<i64, u32>> {
+    let sql = Sql {
+        postgres:
+            "select dead_letter_id, pg_catalog.max(edit) as edits from oncely.dead_letter_edit
+         where dead_letter_id = any($1) group by dead_letter_id",
+        sqlite: "select dead_letter_id, max(edit) as edits from oncely_dead_letter_edit
+         where dead_letter_id in (select value from json_each($1)) group by dead_letter_id",
+        doing: "count corrected bodies",
+    };
+    let rows = db.fetch_all(sql, &[Param::Ints(ids)]).await?;
+    let counts = read_rows(&rows, sql.doing, |row| {
+        Ok((row.get("dead_letter_id")?, row.small_number("edits")?))
+    })?;
+    Ok(counts.into_iter().collect())
 }
 
 async fn start_generation(db: &mut Db, ids: &[i64]) -> Result<()> {

@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 
 use anyhow::{Context as _, anyhow};
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::db::{Db, Param, Row, Sql, read_row, read_rows};
@@ -18,12 +19,13 @@ use super::{
     redrive, shared,
 };
 use crate::fault;
+use crate::model::schema::Time;
 
 /// How many dead letters of a new job one statement writes.
 const ITEMS_PER_STATEMENT: usize = 10_000;
 
 /// The state of a job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum JobState {
     /// A host processes it, or will do so within seconds.
@@ -90,7 +92,7 @@ pub struct NewJobItem {
 }
 
 /// A job.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RedriveJob {
     /// The number that operators pass to the commands.
     pub id: i64,
@@ -113,15 +115,17 @@ pub struct RedriveJob {
     /// The reason, as the operator wrote it.
     pub note: Option<String>,
     /// When it was created.
+    #[schemars(with = "Time")]
     pub created_at: Timestamp,
     /// When it was done or cancelled.
+    #[schemars(with = "Option<Time>")]
     pub ended_at: Option<Timestamp>,
     /// The last failure of a host that ran it; `None` after a success.
     pub error: Option<String>,
 }
 
 /// A dead letter of a job.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct JobItem {
     /// Its position in the job, from 0 on.
     pub position: u64,
@@ -135,7 +139,7 @@ pub struct JobItem {
 }
 
 /// A change of a job's state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum JobAction {
     /// Stop after the current chunk.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -10,7 +11,7 @@ use super::rows::Columns as _;
 use super::{ActivityOutcome, Claim, Result, Store, activity};
 
 /// The result of skipping some messages.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Skipped {
     /// The sequences of the skipped messages, as ranges of the first and the last one.
     pub sequences: Vec<(u64, u64)>,

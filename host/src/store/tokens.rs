@@ -4,15 +4,17 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::db::{Db, Param, Row, Sql};
 use super::rows::Columns as _;
 use super::{Result, Store, StoreError, shared};
 use crate::model::role::Role;
+use crate::model::schema::Time;
 
 /// A named token, without its secret.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TokenRecord {
     /// Unique, also among tokens of the same name.
     pub id: i64,
@@ -23,12 +25,15 @@ pub struct TokenRecord {
     /// The name of the token that created it.
     pub created_by: String,
     /// When it was created.
+    #[schemars(with = "Time")]
     pub created_at: Timestamp,
     /// It is refused from then on; `None` for never.
+    #[schemars(with = "Option<Time>")]
     pub expires_at: Option<Timestamp>,
     /// The name of the token that revoked it.
     pub revoked_by: Option<String>,
     /// When it was revoked.
+    #[schemars(with = "Option<Time>")]
     pub revoked_at: Option<Timestamp>,
 }
 

@@ -12,7 +12,9 @@ use super::{OutboxRow, Published, Result, Unpublished};
 pub type Lsn = u64;
 
 /// How new outputs are published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum RelayMode {
     /// Hosts lease outbox rows and record their publication.
@@ -26,7 +28,9 @@ pub enum RelayMode {
 }
 
 /// The relay mode and the progress of the WAL reader.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 pub struct WalState {
     /// The current mode; `Entering` and `Leaving` last until the switch is done.
     pub mode: RelayMode,
@@ -40,7 +44,9 @@ pub struct WalState {
 }
 
 /// The replication slot. The server retains WAL until the slot has been read.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 pub struct SlotState {
     /// Whether a host is reading it.
     pub active: bool,

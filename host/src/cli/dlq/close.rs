@@ -113,6 +113,7 @@ async fn close(
             ids: chunk.to_vec(),
             action,
             by: by.clone(),
+            seen: Vec::new(),
         };
         results.extend(
             client

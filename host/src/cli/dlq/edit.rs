@@ -49,6 +49,7 @@ impl Edit {
         let request = EditRequest {
             body: STANDARD.encode(&body),
             by: self.actor.with_note(Some(self.note)),
+            seen: None,
         };
         let results: Vec<DeadLetterActionResult> = client
             .post(&format!("/dead-letters/{}/edit", self.id), &request)

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -24,7 +25,7 @@ const TYPE_MAX: usize = 512;
 const SUBJECT: &str = "{subject}";
 
 /// The attributes of the outputs of a worker.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CloudEvents {
     /// Whether attributes are headers or members of the body.
     pub mode: CloudEventsMode,
@@ -39,7 +40,7 @@ pub struct CloudEvents {
 }
 
 /// The place of the attributes of an event.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum CloudEventsMode {
     /// Headers that begin with `ce-`.

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::manifest::WorkerEntry;
@@ -10,7 +11,7 @@ use crate::model::hint::WithHint;
 use crate::model::sql::Dialect;
 
 /// A migration of a worker's own tables.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct WorkerMigration {
     /// The file name; migrations run in the order of their names.
     pub name: String,

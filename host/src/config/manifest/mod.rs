@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::schema;
@@ -52,7 +53,8 @@ pub struct Manifest {
 }
 
 /// `[[stream]]`: a JetStream stream.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "ManifestStream")]
 pub struct Stream {
     /// The name, unique in the manifest and in its NATS account.
     pub name: String,
@@ -64,6 +66,7 @@ pub struct Stream {
         with = "optional_duration",
         skip_serializing_if = "Option::is_none"
     )]
+    #[schemars(with = "Option<String>")]
     pub max_age: Option<Duration>,
 }
 
@@ -97,7 +100,8 @@ pub enum Source {
 }
 
 /// A worker with all defaults filled in. Deployments store it as JSON, and hosts run it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "WorkerManifest")]
 pub struct Worker {
     /// The name, unique in an installation.
     pub name: String,
@@ -135,6 +139,7 @@ pub struct Worker {
     pub batch: u32,
     /// JetStream redelivers a message after this long without an acknowledgement or progress.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub ack_wait: Duration,
     /// `[worker.retry]`: the number of attempts, and the waits between them.
     #[serde(default)]
@@ -158,11 +163,12 @@ pub struct Worker {
 }
 
 /// `[worker.limits]`: the limits of one attempt. Exceeding one fails only that attempt.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Limits {
     /// The time of one attempt.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub time: Duration,
     /// The memory of the component, in bytes.
     pub memory: u64,
@@ -211,7 +217,7 @@ impl Default for Limits {
 }
 
 /// The source of a message's ordering key: `header:NAME`, or `subject:TOKEN` counted from 1.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub enum OrderingKey {
     /// The value of the header with this name.
@@ -221,7 +227,7 @@ pub enum OrderingKey {
 }
 
 /// The treatment of later messages of a key while a failed one waits for its next attempt.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnFailure {
     /// They are handled.
@@ -232,7 +238,7 @@ pub enum OnFailure {
 }
 
 /// How many messages one instance of the component handles.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Isolation {
     /// One message: no memory is shared with the previous message.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::parse::one_of;
@@ -30,7 +31,7 @@ pub(super) const METHODS: [&str; 7] = ["GET", "HEAD", "OPTIONS", "POST", "PUT", 
 const PATH_EXAMPLE: &str = "\"/accounts/{id}/transfers\"";
 
 /// One path with its settings.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Route {
     /// A path such as `/accounts/{id}/transfers`; a final `{*rest}` matches everything below.
     pub path: String,
@@ -42,9 +43,11 @@ pub struct Route {
     pub idempotency_key: KeyRule,
     /// How long a key gets the stored response.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub window: Duration,
     /// How long a request waits for another request in progress with its key.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub wait: Duration,
     /// The failures that are stored and returned to later requests with the same key.
     #[serde(default)]
@@ -57,13 +60,15 @@ pub struct Route {
 }
 
 /// How responses of a route are cached.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CachePolicy {
     /// How long a response is fresh.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub ttl: Duration,
     /// How long after that it is still served, while it is reloaded.
     #[serde(with = "units::duration")]
+    #[schemars(with = "String")]
     pub stale: Duration,
     /// Invalidating one of these tags invalidates the response. `{name}` stands for a part of the
     /// path.
@@ -73,7 +78,7 @@ pub struct CachePolicy {
 }
 
 /// The callers that may receive a cached response.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum CacheScope {
     /// Only the caller for which it was loaded.
@@ -84,7 +89,7 @@ pub enum CacheScope {
 }
 
 /// Whether requests with effects need an idempotency key.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum KeyRule {
     /// Required for POST and PATCH. PUT and DELETE are idempotent by definition, so their key is
@@ -96,7 +101,7 @@ pub enum KeyRule {
 }
 
 /// The failures that are stored and returned to later requests with the same key.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum StoreFailures {
     /// Failures in the handler's responses. A trap or a timeout has no effect, and the request runs

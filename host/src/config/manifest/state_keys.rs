@@ -1,13 +1,15 @@
 //! The state keys that a message is likely to need: templates such as `account/{subject:2}`.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::OrderingKey;
 use crate::model::message::{EVENT_ID_MAX, Message};
 
 /// A state key template with parts from the message: `{header:NAME}`, `{subject:TOKEN}` or `{id}`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
+#[schemars(rename = "StateKeyPattern")]
 pub struct StateKey {
     text: String,
     parts: Vec<Part>,

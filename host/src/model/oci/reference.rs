@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::IpAddr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Digest;
@@ -15,7 +16,7 @@ const REPOSITORY_MAX: usize = 255;
 const TAG_MAX: usize = 128;
 
 /// A component in a registry, such as `oci://registry.example.com/team/worker:1.2`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub struct Reference {
     /// The host, with its port if it has one.

@@ -5,6 +5,7 @@ mod functions;
 mod lexer;
 
 use crate::model::explanation::codes;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::model::base64_text;
@@ -13,7 +14,7 @@ pub use filter::{STATEMENT_BYTES_MAX, StatementFacts, check_count, check_length,
 pub use functions::{Function, Functions};
 
 /// The database behind a store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Dialect {
     /// PostgreSQL.
