@@ -9,7 +9,7 @@ use axum::middleware;
 use axum::routing::MethodRouter;
 
 use super::access::{self, RequestKind};
-use super::{activity, audit, dead_letters, doctor, jobs, operate, outbox, tokens};
+use super::{activity, audit, dead_letters, doctor, jobs, operate, outbox, receipts, tokens};
 use crate::component;
 use crate::model::role::Role::{self, Admin, Deploy, Operate, View};
 use crate::runtime::Host;
@@ -41,6 +41,7 @@ pub(super) fn all() -> Vec<Endpoint> {
         get("/components/{digest}", View, super::component),
         get("/doctor", View, doctor::doctor),
         get("/activity", View, activity::list),
+        get("/receipts", View, receipts::receipt),
         get("/whoami", View, tokens::whoami),
         // Operation of workers.
         post("/workers/{worker}/pause", Operate, operate::pause),
