@@ -14,6 +14,8 @@ use support::nats::NewMessage;
 use support::production::RunningHost;
 use support::world::{QUICK_RETRIES, World, manifest};
 
+use crate::relay_modes::RelayMode;
+
 /// A command's exit code, standard output and standard error.
 struct Ran {
     exit: Option<i32>,
@@ -184,6 +186,66 @@ both!(
     }
 );
 
+both!(
+    a_redriven_event_has_the_receipt_of_its_last_outcome,
+    |kind: Kind| async move {
+        let one_attempt =
+            "[worker.retry]\nattempts = 1\nbackoff = \"10ms\"\nbackoff_max = \"50ms\"";
+        let mut world = World::without_host(kind, &manifest(one_attempt)?).await?;
+        world.host_env = vec![("ONCELY_RECEIPTS".to_owned(), "1s".to_owned())];
+        world.start_host().await?;
+        world
+            .nats
+            .publish_all(vec![message("e1", "fail_once,insert")])
+            .await?;
+        let (first, dead) = receipt(&world, "e1", 1).await?;
+        assert_eq!(dead["event"]["leaf"]["outcome"], "dead");
+        std::fs::copy(
+            world.folder.path().join(&first),
+            world.folder.path().join("dead.json"),
+        )?;
+
+        let said = world.oncely(&["dlq", "redrive", "--all"]).await?;
+        assert_eq!(said.trim(), "redriven: 1; succeeded: 1");
+        let done = world
+            .eventually("the receipt of the redrive", || async {
+                let (_, done) = receipt(&world, "e1", 1).await?;
+                Ok(Some(done).filter(|done| done["event"]["leaf"]["outcome"] == "done"))
+            })
+            .await?;
+        assert_eq!(done["outputs"][0]["leaf"]["stream"], "OUT");
+        assert_eq!(
+            done["event"]["leaf"]["payload"],
+            dead["event"]["leaf"]["payload"]
+        );
+
+        // The first receipt stays valid, and the replaced row is no difference.
+        let hash = published(&world, &last(&dead)["number"]).await?;
+        assert_eq!(verified(&world, "dead.json", Some(&hash))?, Some(0));
+        assert_eq!(covered(&world).await?, rows(&world).await? + 1);
+        let (differences, report) = audit(&world)?;
+        assert_eq!(differences, [], "{report}");
+        Ok(())
+    }
+);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_receipt_has_the_place_of_an_output_from_the_wal() -> Result<()> {
+    let mut world = RelayMode::Wal.world(QUICK_RETRIES).await?;
+    let receipts = ("ONCELY_RECEIPTS".to_owned(), "1s".to_owned());
+    world.host_env.push(receipts);
+    RelayMode::Wal.start(&mut world).await?;
+    world.nats.publish_all(load(0, 20)).await?;
+    let (file, receipt) = receipt(&world, "e7", 1).await?;
+    assert_eq!(receipt["outputs"][0]["leaf"]["stream"], "OUT");
+    let hash = published(&world, &last(&receipt)["number"]).await?;
+    assert_eq!(verified(&world, &file, Some(&hash))?, Some(0));
+    assert_eq!(covered(&world).await?, rows(&world).await?);
+    let (differences, report) = audit(&world)?;
+    assert_eq!(differences, [], "{report}");
+    Ok(())
+}
+
 both!(a_changed_receipt_is_refused, |kind: Kind| async move {
     let world = world(kind).await?;
     let messages = (0..5).map(|n| message(&format!("e{n}"), "insert"));
@@ -315,6 +377,7 @@ both!(
         for change in [
             format!("update oncely.inbox set payload_sha256 = {blob} where event_id = 'e3'"),
             "delete from oncely.inbox where event_id = 'e4'".to_owned(),
+            "update oncely.outbox set subject = 'out.y' where event_id = 'e6'".to_owned(),
             format!(
                 "insert into oncely.inbox (worker, event_id, state, payload_sha256, settled_at{partition})
                  select worker, 'forged', state, payload_sha256, settled_at{partition}
@@ -326,6 +389,7 @@ both!(
         let expected = [
             ("message-without-outcome", "e4"),
             ("row-changed", "e3"),
+            ("row-changed", "e6"),
             ("row-missing", "e4"),
             ("row-without-checkpoint", "forged"),
         ];
@@ -612,10 +676,13 @@ async fn measure_a_checkpoint_over_100_000_events() -> Result<()> {
                  published_at, stream, stream_sequence, partition)
              select md5(event_id), worker, event_id, 0, 'out.x', '[]', convert_to(event_id, 'UTF8'), settled_at,
                  settled_at, settled_at, 'OUT', stream_sequence, 0
-             from oncely.inbox order by settled_at;
-             analyze oncely.inbox; analyze oncely.outbox; checkpoint",
+             from oncely.inbox order by settled_at",
         )
         .await?;
+    for table in ["inbox", "outbox"] {
+        let vacuum = format!("vacuum (freeze, analyze) oncely.{table}");
+        world.database.execute(&vacuum).await?;
+    }
     let wal = "select (pg_current_wal_insert_lsn() - '0/0')::bigint";
     let before = world.database.number(wal).await?;
     world.host_env = vec![
@@ -642,5 +709,44 @@ async fn measure_a_checkpoint_over_100_000_events() -> Result<()> {
     println!("WAL: {} bytes", after - before);
     let peak = status.lines().filter(|line| line.starts_with("VmHWM"));
     peak.for_each(|line| println!("{line}"));
+    Ok(())
+}
+
+/// The cost of the indexes by age for the insertion of 200,000 inbox records, in batches of 100.
+/// Prints milliseconds without and with them, three times.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn measure_the_cost_of_the_indexes_by_age() -> Result<()> {
+    let mut world = World::without_host(Kind::Postgres, &manifest(QUICK_RETRIES)?).await?;
+    world.start_host().await?;
+    world.stop_host().await?;
+    let now = "select (extract(epoch from clock_timestamp()) * 1000)::bigint";
+    for round in 0..3 {
+        for (name, change) in [
+            ("without", "drop index oncely.inbox_by_age"),
+            (
+                "with",
+                "create index inbox_by_age on oncely.inbox using brin (settled_at)
+                     with (pages_per_range = 16, autosummarize = on)",
+            ),
+        ] {
+            world.database.execute(change).await?;
+            let insert = format!(
+                "do $$ begin
+                     for batch in 1..2000 loop
+                         insert into oncely.inbox
+                             (worker, event_id, state, payload_sha256, stream, stream_sequence, settled_at, partition)
+                         select 'test', '{name}{round}-' || batch || '-' || n, 'done', sha256('x'), 'IN', n,
+                             clock_timestamp(), 0
+                         from generate_series(1, 100) as n;
+                         commit;
+                     end loop;
+                 end $$"
+            );
+            let before = world.database.number(now).await?;
+            world.database.execute(&insert).await?;
+            println!("{name}: {} ms", world.database.number(now).await? - before);
+        }
+    }
     Ok(())
 }

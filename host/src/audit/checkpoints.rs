@@ -11,8 +11,8 @@ use super::difference::Kind;
 use super::{EDGE, Findings, Kept};
 use crate::model::receipt::merkle::{self, Hash};
 use crate::model::receipt::{
-    ActivityLeaf, CHECKPOINT_STREAM, Checkpoint, EventLeaf, Leaf, OutputLeaf, block, hash_of,
-    salted,
+    ActivityLeaf, CHECKPOINT_STREAM, Checkpoint, EventLeaf, Leaf, OutputDigest, OutputLeaf, block,
+    hash_of, salted,
 };
 use crate::services::Services;
 use crate::store::{
@@ -305,20 +305,22 @@ impl Check<'_> {
             if !self.has_outputs(leaf) {
                 continue;
             }
-            // Outputs that left meanwhile, by the end of their retention, are no difference.
+            // Further outputs are of a later redrive. Missing ones were deleted after their time.
             let key = (leaf.worker.clone(), leaf.event.clone());
             let now = outputs.remove(&key).unwrap_or_default();
-            let listed = leaf.outputs.as_deref().unwrap_or_default();
-            for output in &now {
-                if !listed.contains(output) {
-                    let found = format!(
-                        "output {} of event {} is not as in checkpoint {checkpoint}",
-                        output.number, leaf.event
-                    );
-                    let difference = Kind::RowChanged.found(found);
-                    self.findings
-                        .add(difference.of_event(&leaf.worker, &leaf.event));
-                }
+            let listed = leaf.outputs.iter().flatten();
+            let is_changed = |then: &&OutputDigest| {
+                let one = now.iter().find(|one| one.number == then.number);
+                one.is_some_and(|one| one != *then)
+            };
+            for output in listed.filter(is_changed) {
+                let found = format!(
+                    "output {} of event {} is not as in checkpoint {checkpoint}",
+                    output.number, leaf.event
+                );
+                let difference = Kind::RowChanged.found(found);
+                self.findings
+                    .add(difference.of_event(&leaf.worker, &leaf.event));
             }
         }
         Ok(())

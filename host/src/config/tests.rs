@@ -186,12 +186,18 @@ fn an_invalid_setting_is_reported_with_its_source_and_an_example() {
         &'static str,
         &'static str,
     );
-    let cases: [Case; 29] = [
+    let cases: [Case; 30] = [
         (
             &["--component-keys", "/no/such/file"],
             &[],
             "`component_keys` (from --component-keys) is invalid: /no/such/file: No such file",
             "--component-keys cosign.pub",
+        ),
+        (
+            &["--receipts", "5m"],
+            &[("ONCELY_KEEP_OUTPUTS", "9m")],
+            "`5m` is neither `off` nor a duration between 1s and half of `keep_outputs`",
+            "--receipts 1m",
         ),
         (
             &["--take-over", "me"],

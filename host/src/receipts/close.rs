@@ -17,7 +17,7 @@ const LIMIT_ON_SQLITE: usize = 20_000;
 
 /// How long a host may take for a checkpoint before another one begins it, too. Only the first of
 /// them closes it.
-const LEASE: Duration = Duration::from_secs(20);
+const LEASE: Duration = Duration::from_secs(30);
 
 /// How long to wait for the relay to accept the message of a checkpoint.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);

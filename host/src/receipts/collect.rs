@@ -22,6 +22,9 @@ const RECORD_PAGE: u32 = 50;
 /// The blocks that are read at once.
 const BLOCK_PAGE: u32 = 16;
 
+/// The leaves after which other tasks of the thread run.
+const YIELD_AFTER: u64 = 64;
+
 /// The longest time that a transaction may be open and still be found. It bounds the rows that are
 /// read twice.
 const OPEN_MAX: SignedDuration = SignedDuration::from_mins(15);
@@ -131,11 +134,15 @@ struct Collector<'s> {
 
 impl Collector<'_> {
     /// Adds a leaf that is new. Returns whether it is.
-    fn add(&mut self, leaf: &Leaf) -> Result<bool> {
+    async fn add(&mut self, leaf: &Leaf) -> Result<bool> {
         if !self.known.insert(leaf.identity()) {
             return Ok(false);
         }
         self.builder.add(leaf)?;
+        // Deliveries run on the same threads.
+        if self.builder.leaves.is_multiple_of(YIELD_AFTER) {
+            tokio::task::yield_now().await;
+        }
         Ok(true)
     }
 
@@ -162,7 +169,7 @@ impl Collector<'_> {
                 event.outputs = self
                     .has_outputs(event.at)
                     .then(|| outputs.remove(&key).unwrap_or_default());
-                added += usize::from(self.add(&Leaf::Event(event))?);
+                added += usize::from(self.add(&Leaf::Event(event)).await?);
             }
             if added >= self.limit {
                 return Ok(Some(last_at));
@@ -188,7 +195,7 @@ impl Collector<'_> {
                     .await?;
                 let (outputs, next) = page;
                 for output in outputs {
-                    added += usize::from(self.add(&Leaf::Output(output))?);
+                    added += usize::from(self.add(&Leaf::Output(output)).await?);
                 }
                 let Some(next) = next else { break };
                 after = next;
@@ -229,7 +236,7 @@ impl Collector<'_> {
                     number: *number,
                 };
                 for (_, leaf) in &page {
-                    added += usize::from(self.add(leaf)?);
+                    added += usize::from(self.add(leaf).await?);
                 }
                 if added >= self.limit {
                     reached = Some(reached.map_or(after.at, |before| before.min(after.at)));

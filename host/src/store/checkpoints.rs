@@ -318,37 +318,7 @@ impl Store {
         let rows = db.fetch_all(sql, params.split_at(used).0).await?;
         db.commit().await?;
 
-        let is_hashed = used == 2;
-        let settled: HashMap<(&str, &str), Timestamp> = events
-            .iter()
-            .map(|event| ((event.worker.as_str(), event.event.as_str()), event.at))
-            .collect();
-        let mut found: HashMap<(String, String), Vec<OutputDigest>> = HashMap::new();
-        for row in &rows {
-            let output = read_row(row, sql.doing, |row| {
-                let body = row.bytes("body")?;
-                let sha256 = match is_hashed {
-                    true => hex::encode(body),
-                    false => hex::encode(Sha256::digest(&body)),
-                };
-                let digest = OutputDigest {
-                    number: row.get("seq")?,
-                    subject: row.text("subject")?,
-                    sha256,
-                };
-                let key = (row.text("worker")?, row.text("event_id")?);
-                Ok((key, row.time("created_at")?, digest))
-            })?;
-            let (key, created_at, digest) = output;
-            // A redrive before this outcome, or after it, is another transaction.
-            let event = settled.get(&(key.0.as_str(), key.1.as_str()));
-            let is_own =
-                event.is_some_and(|at| *at <= created_at && (!is_hashed || *at == created_at));
-            if is_own && !redrive::is_pointer(&digest.subject) {
-                found.entry(key).or_default().push(digest);
-            }
-        }
-        Ok(found)
+        own_outputs(events, &rows, sql.doing, used == 2)
     }
 
     /// A page of the outputs that were published after the cursor, and the cursor of the next page;
@@ -691,6 +661,47 @@ fn head(row: &Row) -> sqlx::Result<CheckpointHead> {
         checked_at: row.time("checked_at")?,
         began_at: row.time("began_at")?,
     })
+}
+
+/// The outputs among these rows that belong to the transactions of events. The bodies of
+/// PostgreSQL are hashed already.
+fn own_outputs(
+    events: &[EventLeaf],
+    rows: &[Row],
+    doing: &'static str,
+    is_postgres: bool,
+) -> Result<HashMap<(String, String), Vec<OutputDigest>>> {
+    let settled: HashMap<(&str, &str), Timestamp> = events
+        .iter()
+        .map(|event| ((event.worker.as_str(), event.event.as_str()), event.at))
+        .collect();
+    let mut found: HashMap<(String, String), Vec<OutputDigest>> = HashMap::new();
+    for row in rows {
+        let read = |row: &Row| {
+            let body = row.bytes("body")?;
+            let digest = OutputDigest {
+                number: row.get("seq")?,
+                subject: row.text("subject")?,
+                sha256: match is_postgres {
+                    true => hex::encode(body),
+                    false => hex::encode(Sha256::digest(&body)),
+                },
+            };
+            let key = (row.text("worker")?, row.text("event_id")?);
+            Ok((key, row.time("created_at")?, digest))
+        };
+        let (key, created_at, digest) = read_row(row, doing, read)?;
+        // A redrive before this outcome, or after it, is another transaction.
+        let at = settled.get(&(key.0.as_str(), key.1.as_str()));
+        let is_own = at.is_some_and(|at| match is_postgres {
+            true => *at == created_at,
+            false => *at <= created_at,
+        });
+        if is_own && !redrive::is_pointer(&digest.subject) {
+            found.entry(key).or_default().push(digest);
+        }
+    }
+    Ok(found)
 }
 
 fn event_leaf(row: &Row) -> sqlx::Result<EventLeaf> {
