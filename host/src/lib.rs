@@ -23,6 +23,8 @@ mod runtime;
 mod audit;
 // Alarms: the monitor that raises them, the webhook that posts them.
 mod alarms;
+// Receipts: checkpoints over settled rows, and proofs for customers.
+mod receipts;
 // Dead letters: dry run of a redrive, verification afterwards, replay of a failed attempt.
 mod dlq;
 

@@ -116,6 +116,9 @@ create table oncely.inbox (
     -- Forbids an event id twice in one partition. `inbox_partitions` covers the other ones.
     constraint inbox_pk primary key (worker, event_id, partition)
 ) partition by list (partition);
+-- Checkpoints read recent rows. A row costs nothing here while its pages are not summarized.
+create index inbox_by_age on oncely.inbox using brin (settled_at)
+    with (pages_per_range = 16, autosummarize = on);
 create table oncely.inbox_0 partition of oncely.inbox for values in (0);
 create table oncely.inbox_1 partition of oncely.inbox for values in (1);
 create table oncely.inbox_2 partition of oncely.inbox for values in (2);
@@ -383,6 +386,9 @@ create table oncely.outbox (
 create index outbox_unpublished on oncely.outbox (leased_until, seq)
     where published_at is null and via = 'poll';
 create index outbox_published on oncely.outbox (published_at) where published_at is not null;
+-- Checkpoints read the outputs of recent transactions, see `inbox_by_age`.
+create index outbox_by_age on oncely.outbox using brin (created_at)
+    with (pages_per_range = 16, autosummarize = on);
 -- The per-key queue. Queries order by `seq + 0`, which this index or a sort provides. For a plain
 -- `seq` the planner may scan the primary key through all published rows.
 create index outbox_key_queue on oncely.outbox (worker, ordering_key, (seq + 0))
@@ -640,12 +646,72 @@ create table oncely.activity_outcome (
     details     text        not null,
     constraint activity_outcome_failed_has_error check ((outcome = 'failed') = (error is not null))
 );
+-- Checkpoints read recent rows.
+create index activity_by_age on oncely.activity (at);
+create index activity_outcome_by_age on oncely.activity_outcome (at);
 create trigger activity_append_only
     before update or delete on oncely.activity
     for each row execute function oncely.refuse_change();
 create trigger activity_outcome_append_only
     before update or delete on oncely.activity_outcome
     for each row execute function oncely.refuse_change();
+
+
+-- Receipts ----------------------------------------------------------------------------------------
+
+-- A checkpoint: a set of leaves, made from rows that were settled since the one before. `root` is
+-- that of a tree over them (RFC 9162), `hash` covers all columns, so checkpoints are a chain. Rows
+-- are immutable and never deleted.
+create table oncely.checkpoint (
+    number       bigint      constraint checkpoint_pk primary key
+        constraint checkpoint_number_positive check (number > 0),
+    installation text        not null,
+    hash         text        not null constraint checkpoint_hash_length check (length(hash) = 64),
+    -- The hash of the checkpoint before; null for the first one.
+    previous     text,
+    closed_at    timestamptz not null,
+    leaves       bigint      not null,
+    root         text        not null,
+    constraint checkpoint_first_has_no_previous check ((previous is null) = (number = 1))
+);
+create index checkpoint_by_age on oncely.checkpoint (closed_at);
+create trigger checkpoint_append_only
+    before update or delete on oncely.checkpoint
+    for each row execute function oncely.refuse_change();
+
+-- Leaves of a checkpoint: 1024, or fewer in its last block. `leaves` is compressed lines of JSON,
+-- `root` that of their subtree. A row is in the first checkpoint that saw it, and its leaf stays
+-- after the row has left. Blocks are deleted after a time.
+create table oncely.checkpoint_block (
+    checkpoint bigint      not null
+        constraint checkpoint_block_checkpoint references oncely.checkpoint,
+    block      bigint      not null,
+    -- The earliest and the latest time of its leaves.
+    from_at    timestamptz not null,
+    until_at   timestamptz not null,
+    root       bytea       not null constraint checkpoint_block_root check (length(root) = 32),
+    leaves     bytea       not null,
+    constraint checkpoint_block_pk primary key (checkpoint, block)
+);
+create index checkpoint_block_by_age on oncely.checkpoint_block (until_at);
+
+-- The state of the next checkpoint, one row, written when receipts are first turned on. Rows before
+-- the three times are in checkpoints. Rows after them may be: transactions commit late.
+create table oncely.checkpoint_head (
+    began_at        timestamptz not null,
+    -- The last checkpoint, 0 and null for none.
+    number          bigint      not null default 0,
+    hash            text,
+    events_from     timestamptz not null,
+    outputs_from    timestamptz not null,
+    activities_from timestamptz not null,
+    -- Outputs up to this number belong to events that are in checkpoints. Only used by SQLite.
+    outbox_seq      bigint      not null default 0,
+    -- The last time that a host read new rows, and its lease while it does.
+    checked_at      timestamptz not null,
+    leased_until    timestamptz not null
+);
+create unique index checkpoint_head_single_row on oncely.checkpoint_head ((true));
 
 
 -- Hosts -------------------------------------------------------------------------------------------

@@ -521,6 +521,9 @@ create table oncely_activity_outcome (
     details     text    not null,
     constraint activity_outcome_failed_has_error check ((outcome = 'failed') = (error is not null))
 ) strict;
+-- Checkpoints read recent rows.
+create index oncely_activity_by_age on oncely_activity (at);
+create index oncely_activity_outcome_by_age on oncely_activity_outcome (at);
 create trigger oncely_activity_no_update before update on oncely_activity
 begin
     select raise(abort, 'the table oncely_activity is append-only');
@@ -537,6 +540,69 @@ create trigger oncely_activity_outcome_no_delete before delete on oncely_activit
 begin
     select raise(abort, 'the table oncely_activity_outcome is append-only');
 end;
+
+
+-- Receipts ----------------------------------------------------------------------------------------
+
+-- A checkpoint: a set of leaves, made from rows that were settled since the one before. `root` is
+-- that of a tree over them (RFC 9162), `hash` covers all columns, so checkpoints are a chain. Rows
+-- are immutable and never deleted.
+create table oncely_checkpoint (
+    number       integer constraint checkpoint_pk primary key
+        constraint checkpoint_number_positive check (number > 0),
+    installation text    not null,
+    hash         text    not null constraint checkpoint_hash_length check (length(hash) = 64),
+    -- The hash of the checkpoint before; null for the first one.
+    previous     text,
+    closed_at    integer not null,
+    leaves       integer not null,
+    root         text    not null,
+    constraint checkpoint_first_has_no_previous check ((previous is null) = (number = 1))
+) strict;
+create index oncely_checkpoint_by_age on oncely_checkpoint (closed_at);
+create trigger oncely_checkpoint_no_update before update on oncely_checkpoint
+begin
+    select raise(abort, 'the table oncely_checkpoint is append-only');
+end;
+create trigger oncely_checkpoint_no_delete before delete on oncely_checkpoint
+begin
+    select raise(abort, 'the table oncely_checkpoint is append-only');
+end;
+
+-- Leaves of a checkpoint: 1024, or fewer in its last block. `leaves` is compressed lines of JSON,
+-- `root` that of their subtree. A row is in the first checkpoint that saw it, and its leaf stays
+-- after the row has left. Blocks are deleted after a time.
+create table oncely_checkpoint_block (
+    checkpoint integer not null
+        constraint checkpoint_block_checkpoint references oncely_checkpoint,
+    block      integer not null,
+    -- The earliest and the latest time of its leaves.
+    from_at    integer not null,
+    until_at   integer not null,
+    root       blob    not null constraint checkpoint_block_root check (length(root) = 32),
+    leaves     blob    not null,
+    constraint checkpoint_block_pk primary key (checkpoint, block)
+) strict;
+create index oncely_checkpoint_block_by_age on oncely_checkpoint_block (until_at);
+
+-- The state of the next checkpoint, one row, written when receipts are first turned on. Rows before
+-- the three times are in checkpoints. Rows after them may be: transactions commit late.
+create table oncely_checkpoint_head (
+    row             integer not null constraint checkpoint_head_pk primary key
+        constraint checkpoint_head_single_row check (row = 1),
+    began_at        integer not null,
+    -- The last checkpoint, 0 and null for none.
+    number          integer not null default 0,
+    hash            text,
+    events_from     integer not null,
+    outputs_from    integer not null,
+    activities_from integer not null,
+    -- Outputs up to this number belong to events that are in checkpoints. Only used by SQLite.
+    outbox_seq      integer not null default 0,
+    -- The last time that a host read new rows, and its lease while it does.
+    checked_at      integer not null,
+    leased_until    integer not null
+) strict;
 
 
 -- Host --------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ mod installations;
 mod others;
 mod outage;
 mod packaging;
+mod receipts;
 mod redrive;
 mod replay;
 mod restores;

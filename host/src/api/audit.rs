@@ -21,6 +21,7 @@ pub(super) async fn audit(
     let kept = Kept {
         outputs: host.retention.outputs,
         inbox: host.inbox_retention().await?,
+        receipts: host.config.keep_receipts,
     };
     let services = Arc::clone(&host.services);
     if !request.repair {

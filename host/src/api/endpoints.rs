@@ -11,7 +11,7 @@ use schemars::SchemaGenerator;
 
 use super::access::{self, RequestKind};
 use super::openapi::{Contents, Described};
-use super::{activity, audit, dead_letters, doctor, jobs, operate, outbox, tokens};
+use super::{activity, audit, dead_letters, doctor, jobs, operate, outbox, receipts, tokens};
 use crate::component;
 use crate::model::role::Role::{self, Admin, Deploy, Operate, View};
 use crate::runtime::Host;
@@ -54,6 +54,7 @@ pub(super) fn all() -> Vec<Endpoint> {
         get("/components/{digest}", View, super::component).about("A stored component"),
         get("/doctor", View, doctor::doctor).about("Run the checks of `oncely doctor`"),
         get("/activity", View, activity::list).about("The activity log, newest first"),
+        get("/receipts", View, receipts::receipt).about("The receipt of an event"),
         get("/whoami", View, tokens::whoami).about("The name and the role of the token"),
         // Operation of workers.
         post("/workers/{worker}/pause", Operate, operate::pause)

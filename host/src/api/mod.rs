@@ -41,10 +41,12 @@ pub mod jobs;
 pub mod openapi;
 pub mod operate;
 pub mod outbox;
+mod receipts;
 pub mod tokens;
 
 pub use access::{Authenticator, Caller, STATED_NAME_HEADER, StatedBy, bearer_token};
 use activity::{on_object, on_worker, recorded};
+pub use receipts::ReceiptRequest;
 
 /// The maximum body of requests other than component uploads, in bytes.
 const BODY_MAX: usize = 16 << 20;

@@ -36,6 +36,21 @@ codes! {
         NoticeMissing: "notice-missing",
             "The notice of a dead letter is not on the stream of dead letters.",
             "`oncely audit --repair` sends it again.";
+        CheckpointChanged: "checkpoint-changed",
+            "A checkpoint, or a leaf of it, is not as it was when it was closed: its hash, its root or the chain is broken.",
+            "Compare the database with a backup, and with the published checkpoints. Find out who changed it.";
+        CheckpointDiffers: "checkpoint-differs",
+            "The published checkpoint of a number is another one than that in the database, or the database has none.",
+            "If the database was restored, its events since then have new checkpoints. Otherwise find out who changed it.";
+        RowChanged: "row-changed",
+            "A row is not as it was when a checkpoint was closed over it.",
+            "Compare the row with its leaf, which is in the finding. Find out who changed it.";
+        RowMissing: "row-missing",
+            "A checkpoint contains a row that is gone before its retention ended.",
+            "Restore the row from its leaf, which is in the finding. Find out who deleted it.";
+        RowWithoutCheckpoint: "row-without-checkpoint",
+            "A row is in no checkpoint, although a later one was closed: it was inserted afterwards, or its transaction was open for more than 15 minutes.",
+            "Find out who wrote the row.";
         NoticeWithoutLetter: "notice-without-letter",
             "The stream of dead letters has a notice without its dead letter.",
             "Find out who removed the dead letter, or published the notice.";

@@ -18,11 +18,13 @@ use crate::model::units;
 use crate::services::Services;
 use crate::store::PublishedOutput;
 
+mod checkpoints;
 mod dead_letters;
 mod difference;
 mod messages;
 mod outputs;
 
+pub use checkpoints::CheckpointCounts;
 pub use dead_letters::DeadLetterCounts;
 pub use difference::{Difference, Kind};
 pub use messages::WorkerCounts;
@@ -58,6 +60,8 @@ pub struct Kept {
     pub outputs: Duration,
     /// Inbox records; `None` for ever.
     pub inbox: Option<Duration>,
+    /// Leaves of checkpoints.
+    pub receipts: Duration,
 }
 
 /// The result of an audit.
@@ -71,6 +75,9 @@ pub struct Audit {
     pub workers: Vec<WorkerCounts>,
     pub outputs: OutputCounts,
     pub dead_letters: DeadLetterCounts,
+    /// `None` if receipts were never turned on.
+    #[serde(default)]
+    pub checkpoints: Option<CheckpointCounts>,
     /// The differences, at most 1,000.
     pub differences: Vec<Difference>,
     /// The number of all differences, and how many of them were repaired.
@@ -156,6 +163,9 @@ pub async fn audit(services: &Services, request: &AuditRequest, kept: Kept) -> R
     let (outputs, lost) = outputs::check(services, outputs_since, &mut findings).await?;
     let (dead_letters, missing) = dead_letters::check(services, since, now, &mut findings).await?;
 
+    // Checkpoints and the rows that they cover.
+    let checkpoints = checkpoints::check(services, request.since, kept, &mut findings).await?;
+
     // Repairs.
     let mut repaired = 0;
     if request.repair {
@@ -177,6 +187,7 @@ pub async fn audit(services: &Services, request: &AuditRequest, kept: Kept) -> R
         workers,
         outputs,
         dead_letters,
+        checkpoints,
         differences: findings.differences,
         total: findings.total,
         repaired,

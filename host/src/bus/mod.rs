@@ -20,6 +20,7 @@ use publisher::Publisher;
 
 mod alarms;
 mod backlog;
+mod checkpoints;
 mod connection;
 mod decode;
 mod denials;

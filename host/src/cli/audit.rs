@@ -97,6 +97,18 @@ fn show(report: &Report) -> Result<()> {
             ),
         ),
         (
+            "checkpoints",
+            report.checkpoints.as_ref().map_or_else(
+                || "none: receipts are off".to_owned(),
+                |counts| {
+                    format!(
+                        "{} with {} leaves, {} rows compared, {} published copies compared",
+                        counts.checkpoints, counts.leaves, counts.rows, counts.published
+                    )
+                },
+            ),
+        ),
+        (
             "differences",
             format!("{}, {} repaired", report.total, report.repaired),
         ),

@@ -32,11 +32,14 @@ codes! {
             "`oncely replay`: the recording was cut before the failure, and matches up to there.",
             "Nothing: the recording contains no more.";
         Findings: "7",
-            "`oncely doctor` found a problem, or `oncely audit` a difference.",
+            "`oncely doctor` found a problem, `oncely audit` a difference, or `oncely receipt verify` refused a receipt.",
             "Read the findings; each has a fix.";
         NotDrained: "8",
             "`oncely drain`: the worker is paused, but not drained after the timeout.",
             "Run the same command again; it shows the work that is left.";
+        Unconfirmed: "9",
+            "`oncely receipt`: the event is in no checkpoint yet, or the receipt was not compared with a published hash.",
+            "Run the same command after the next checkpoint, or with --checkpoint.";
         Changes: "10",
             "`oncely deploy --plan`: a deployment would change something.",
             "Deploy, or fail the check in CI.";

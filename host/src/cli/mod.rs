@@ -24,6 +24,7 @@ mod new;
 mod operate;
 mod outbox;
 mod publish;
+mod receipt;
 mod recover;
 mod replay;
 mod rollout;
@@ -73,6 +74,7 @@ enum Command {
     State(state::State),
     Status(status::Status),
     Audit(audit::Audit),
+    Receipt(receipt::Receipt),
     Doctor(Box<doctor::Doctor>),
     Activity(activity::Activity),
     Token(token::Token),
@@ -110,6 +112,7 @@ impl Cli {
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
             Command::Audit(audit) => audit.run().await,
+            Command::Receipt(receipt) => receipt.run().await,
             Command::Doctor(doctor) => doctor.run().await,
             Command::Activity(activity) => activity.run().await,
             Command::Token(token) => token.run().await,

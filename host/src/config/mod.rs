@@ -45,9 +45,15 @@ pub const LISTEN_ADDRESS: &str = "127.0.0.1:7420";
 /// The default address for HTTP requests.
 pub const HTTP_ADDRESS: &str = "127.0.0.1:7480";
 
+/// How long published outputs are kept by default.
+const KEEP_OUTPUTS: Duration = Duration::from_secs(15 * 60);
+
+/// How long receipts can be issued by default.
+const KEEP_RECEIPTS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
 /// Every setting by its key in the file. Its flag is `--key` with hyphens, its variable is
 /// `ONCELY_KEY`.
-pub(crate) const SETTINGS: [&str; 39] = [
+pub(crate) const SETTINGS: [&str; 41] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -77,6 +83,8 @@ pub(crate) const SETTINGS: [&str; 39] = [
     "relay_slot_max",
     "keep_inbox",
     "archive",
+    "receipts",
+    "keep_receipts",
     "webhook",
     "webhook_secret",
     "cache_size",
@@ -205,6 +213,14 @@ pub struct HostFlags {
     /// [default: none] [env: ONCELY_ARCHIVE]
     #[arg(long, value_name = "FOLDER")]
     pub archive: Option<String>,
+    /// Close a checkpoint this often, so that receipts can be issued, or off [default: off] [env:
+    /// ONCELY_RECEIPTS]
+    #[arg(long, value_name = "TIME")]
+    pub receipts: Option<String>,
+    /// Issue receipts of events for this long after they were settled [default: 7d] [env:
+    /// ONCELY_KEEP_RECEIPTS]
+    #[arg(long, value_name = "TIME")]
+    pub keep_receipts: Option<String>,
     /// Post alarms to this http or https URL [default: none] [env: ONCELY_WEBHOOK]
     #[arg(long, value_name = "URL")]
     pub webhook: Option<String>,
@@ -292,6 +308,10 @@ pub struct HostConfig {
     pub keep_inbox: KeepInbox,
     /// The folder in which old rows are archived before they are deleted.
     pub archive: Option<PathBuf>,
+    /// The time between two checkpoints of receipts; `None` if they are off.
+    pub receipts: Option<Duration>,
+    /// How long receipts can be issued.
+    pub keep_receipts: Duration,
     /// The webhook for alarms.
     pub webhook: Option<Webhook>,
     /// The secret that signs these posts.
@@ -432,9 +452,7 @@ impl HostConfig {
                 .map_or(Ok(Duration::from_secs(30)), |setting| drain(&setting))?,
             keep_outputs: sources
                 .get("keep_outputs")
-                .map_or(Ok(Duration::from_secs(15 * 60)), |setting| {
-                    keep_outputs(&setting)
-                })?,
+                .map_or(Ok(KEEP_OUTPUTS), |setting| keep_outputs(&setting))?,
             keep_inbox: sources
                 .get("keep_inbox")
                 .map_or(Ok(KeepInbox::Auto), |setting| keep_inbox(&setting))?,
@@ -442,6 +460,12 @@ impl HostConfig {
                 .get("archive")
                 .map(|setting| archive(&setting))
                 .transpose()?,
+            receipts: sources.get("receipts").map_or(Ok(None), |setting| {
+                receipts(&setting, sources.get("keep_outputs"))
+            })?,
+            keep_receipts: sources
+                .get("keep_receipts")
+                .map_or(Ok(KEEP_RECEIPTS), |setting| keep_receipts(&setting))?,
             webhook: sources
                 .get("webhook")
                 .map(|setting| webhook::webhook(&setting))
@@ -677,6 +701,34 @@ fn keep_inbox(setting: &Setting) -> anyhow::Result<KeepInbox> {
             "is neither `auto` nor a duration between 1m and 3650d",
             "auto",
         )),
+    }
+}
+
+/// A checkpoint has to be closed while the outbox still has the outputs.
+fn receipts(setting: &Setting, outputs: Option<Setting>) -> anyhow::Result<Option<Duration>> {
+    let kept = outputs.map_or(Ok(KEEP_OUTPUTS), |setting| keep_outputs(&setting))?;
+    let (least, most) = (Duration::from_secs(1), kept / 2);
+    match (
+        setting.value.as_str(),
+        units::parse_duration(&setting.value),
+    ) {
+        ("off", _) => Ok(None),
+        (_, Ok(interval)) if (least..=most).contains(&interval) => Ok(Some(interval)),
+        _ => Err(setting.refuse_value(
+            "is neither `off` nor a duration between 1s and half of `keep_outputs`",
+            "1m",
+        )),
+    }
+}
+
+fn keep_receipts(setting: &Setting) -> anyhow::Result<Duration> {
+    let (least, most) = (
+        Duration::from_secs(60 * 60),
+        Duration::from_secs(10 * 365 * 24 * 60 * 60),
+    );
+    match units::parse_duration(&setting.value) {
+        Ok(keep) if (least..=most).contains(&keep) => Ok(keep),
+        _ => Err(setting.refuse_value("is not a duration between 1h and 3650d", "7d")),
     }
 }
 

@@ -46,6 +46,12 @@ impl HostConfig {
             ("guest_sql", guest_sql.to_owned()),
             ("keep_inbox", keep_inbox),
             ("keep_outputs", format_duration(self.keep_outputs)),
+            ("keep_receipts", format_duration(self.keep_receipts)),
+            (
+                "receipts",
+                self.receipts
+                    .map_or_else(|| "off".to_owned(), format_duration),
+            ),
             ("relay", relay.to_owned()),
             ("relay_slot_max", format_size(self.relay_slot_max)),
             (

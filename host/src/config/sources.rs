@@ -124,6 +124,8 @@ fn flag_values(flags: &HostFlags) -> [(&'static str, &Option<String>); SETTINGS.
         ("relay_slot_max", &flags.relay_slot_max),
         ("keep_inbox", &flags.keep_inbox),
         ("archive", &flags.archive),
+        ("receipts", &flags.receipts),
+        ("keep_receipts", &flags.keep_receipts),
         ("webhook", &flags.webhook),
         ("webhook_secret", &flags.webhook_secret),
         ("cache_size", &flags.cache_size),

@@ -63,6 +63,8 @@ fn defaults_run_a_host_from_one_local_folder() {
         relay_slot_max: 4 << 30,
         keep_inbox: KeepInbox::Auto,
         archive: None,
+        receipts: None,
+        keep_receipts: Duration::from_secs(7 * 24 * 60 * 60),
         webhook: None,
         webhook_secret: None,
         cache: CacheSettings {
@@ -140,6 +142,8 @@ fn every_setting_is_read_from_every_source() {
             .with_file_name("archive")
             .to_string_lossy()
             .into_owned(),
+        "receipts" => "9s".to_owned(),
+        "keep_receipts" => "9d".to_owned(),
         "webhook" => "https://a/b".to_owned(),
         "cache_size" => "1MiB".to_owned(),
         "cache_url" => "redis://a:1/2".to_owned(),
@@ -182,12 +186,18 @@ fn an_invalid_setting_is_reported_with_its_source_and_an_example() {
         &'static str,
         &'static str,
     );
-    let cases: [Case; 29] = [
+    let cases: [Case; 30] = [
         (
             &["--component-keys", "/no/such/file"],
             &[],
             "`component_keys` (from --component-keys) is invalid: /no/such/file: No such file",
             "--component-keys cosign.pub",
+        ),
+        (
+            &["--receipts", "5m"],
+            &[("ONCELY_KEEP_OUTPUTS", "9m")],
+            "`5m` is neither `off` nor a duration between 1s and half of `keep_outputs`",
+            "--receipts 1m",
         ),
         (
             &["--take-over", "me"],

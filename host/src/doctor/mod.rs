@@ -183,7 +183,10 @@ async fn examine_nats(
     findings.extend(nats::judge_server(&server));
 
     // The owner of the platform's streams.
-    let own: Vec<String> = own_streams().into_iter().map(|spec| spec.name).collect();
+    let own: Vec<String> = own_streams(true)
+        .into_iter()
+        .map(|spec| spec.name)
+        .collect();
     let existing: Vec<&String> = own
         .iter()
         .filter(|name| streams.iter().any(|facts| facts.stream.name == **name))

@@ -133,6 +133,8 @@ pub enum OutputKind {
     Invalidation,
     /// The notice of a raised or cleared alarm.
     Alarm,
+    /// A checkpoint of receipts.
+    Checkpoint,
 }
 
 /// A publisher's event id that cannot be used.

@@ -17,6 +17,7 @@ pub mod keyed_state;
 pub mod message;
 pub mod oci;
 pub mod output_ids;
+pub mod receipt;
 pub mod redrive;
 pub mod request;
 pub mod retry;

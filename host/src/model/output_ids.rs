@@ -56,6 +56,7 @@ impl OutputIds {
             OutputKind::Pointer => self.hash(&["pointer", worker, event_id, id]),
             OutputKind::Invalidation => self.hash(&["invalidation", worker, event_id, id]),
             OutputKind::Alarm => self.hash(&["alarm", worker, id]),
+            OutputKind::Checkpoint => self.hash(&["checkpoint", worker, id]),
         }
     }
 
@@ -82,6 +83,12 @@ impl OutputIds {
             headers,
             ..output.clone()
         }
+    }
+
+    /// The salt of a receipt's leaf, which follows from its text. Others cannot compute it, so they
+    /// cannot guess a leaf from its hash.
+    pub fn receipt_salt(&self, leaf: &str) -> String {
+        self.hash(&["receipt salt", leaf])
     }
 
     /// The subject of the installation's watermarks. It cannot be guessed.

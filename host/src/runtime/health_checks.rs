@@ -26,6 +26,7 @@ use crate::model::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
 use crate::model::hint;
 use crate::model::invalidation::{CACHE_STREAM, CACHE_STREAM_MAX_AGE, CACHE_SUBJECTS};
 use crate::model::message::Output;
+use crate::model::receipt::{CHECKPOINT_STREAM, CHECKPOINT_SUBJECTS};
 use crate::model::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
 use crate::model::retry::LastError;
 use crate::store::{Pause, Store, StoredReport, is_busy};
@@ -82,9 +83,9 @@ pub struct WorkerReport {
     pub is_drained: bool,
 }
 
-/// The streams that belong to the installation itself.
-pub fn own_streams() -> [StreamSpec; 5] {
-    [
+/// The streams that belong to the installation itself. That of checkpoints exists with receipts.
+pub fn own_streams(with_receipts: bool) -> Vec<StreamSpec> {
+    let mut streams = vec![
         StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]),
         StreamSpec {
             is_queue: true,
@@ -99,7 +100,11 @@ pub fn own_streams() -> [StreamSpec; 5] {
             ..StreamSpec::new(CACHE_STREAM, &[CACHE_SUBJECTS])
         },
         watermark_stream(),
-    ]
+    ];
+    if with_receipts {
+        streams.push(StreamSpec::new(CHECKPOINT_STREAM, &[CHECKPOINT_SUBJECTS]));
+    }
+    streams
 }
 
 impl HostReport {
@@ -119,8 +124,8 @@ impl HostReport {
 ///
 /// # Errors
 /// A stream belongs to another installation, or the failure is permanent.
-pub(super) async fn create_own_streams(bus: &Bus) -> Result<()> {
-    for spec in own_streams() {
+pub(super) async fn create_own_streams(bus: &Bus, with_receipts: bool) -> Result<()> {
+    for spec in own_streams(with_receipts) {
         let mut trouble = LastError::default();
         while let Err(error) = bus.ensure_own_stream(&spec).await {
             if hint::find_cause::<OtherInstallation>(&error).is_some() || is_permanent_error(&error)
@@ -179,7 +184,7 @@ impl Host {
 
     /// Creates missing streams of the host again.
     async fn check_own_streams(&self) -> Result<()> {
-        for spec in own_streams() {
+        for spec in own_streams(self.config.receipts.is_some()) {
             if self.services.bus.stream(&spec.name).await?.is_none() {
                 tracing::error!(
                     stream = spec.name,

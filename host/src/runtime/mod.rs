@@ -13,6 +13,7 @@ use crate::ingress::Ingress;
 use crate::services::Services;
 use crate::store::{DeploymentRecord, Pause};
 
+mod checkpoints;
 mod consistency;
 pub mod deploy;
 mod health_checks;

@@ -9,7 +9,9 @@ use anyhow::{Context, Result};
 use tokio::sync::{Mutex, Notify};
 
 use super::supervisor::supervise;
-use super::{Host, Retention, consistency, health_checks, history, lease, redrive_jobs};
+use super::{
+    Host, Retention, checkpoints, consistency, health_checks, history, lease, redrive_jobs,
+};
 use crate::alarms::WebhookClient;
 use crate::alarms::{monitor, webhook};
 use crate::bus::{Bus, LEADER_TIMEOUT};
@@ -80,7 +82,7 @@ impl Host {
         engine: GuestEngine,
         mut options: HostOptions,
     ) -> Result<(Arc<Host>, HostTasks)> {
-        health_checks::create_own_streams(&bus).await?;
+        health_checks::create_own_streams(&bus, options.config.receipts.is_some()).await?;
         let mut running = HostTasks::default();
 
         let relay_state = running.begin_lease(&store).await?;
@@ -281,6 +283,13 @@ impl HostTasks {
             .spawn(redrive_jobs::run(Arc::clone(host), stopping.clone()));
         self.supervision
             .spawn(history::watch(Arc::clone(host), stopping.clone()));
+        if let Some(interval) = host.config.receipts {
+            self.supervision.spawn(checkpoints::watch(
+                Arc::clone(host),
+                interval,
+                stopping.clone(),
+            ));
+        }
         if let Some(webhook) = webhook {
             let (bus, metrics) = (
                 host.services.bus.clone(),

@@ -28,6 +28,7 @@ mod archive;
 mod attempts;
 mod audit;
 mod changes;
+mod checkpoints;
 pub mod conflict;
 mod db;
 mod dead_letter_queries;
@@ -66,6 +67,10 @@ mod watermarks;
 pub use activity::{ActivityFilter, ActivityOutcome, ActivityRecord, Actor, NewActivity};
 pub use audit::{AuditedDeadLetter, Cursor, Outcome};
 pub use changes::{Changes, RowChange, TableRows, changed_rows};
+pub use checkpoints::{
+    BlockFilter, CHECKPOINT_MARGIN, CheckpointBlock, CheckpointHead, CheckpointStart,
+    CheckpointTimes, EventCursor, NO_LAST, SettledRow,
+};
 pub use dead_letters::{
     AttemptRecord, Attribution, AuditRecord, DeadLetterAction, DeadLetterActionResult,
     DeadLetterDepth, DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
