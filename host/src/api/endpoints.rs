@@ -9,7 +9,9 @@ use axum::middleware;
 use axum::routing::MethodRouter;
 
 use super::access::{self, RequestKind};
-use super::{activity, audit, dead_letters, doctor, jobs, operate, outbox, tokens};
+use super::{
+    activity, audit, audit_runs, dead_letters, doctor, groups, jobs, operate, outbox, tokens,
+};
 use crate::component;
 use crate::model::role::Role::{self, Admin, Deploy, Operate, View};
 use crate::runtime::Host;
@@ -49,9 +51,13 @@ pub(super) fn all() -> Vec<Endpoint> {
         post("/workers/{worker}/skip", Operate, operate::skip),
         post("/publish", Operate, super::publish),
         post("/audit", Operate, audit::audit),
+        get("/audit/runs", View, audit_runs::list),
+        get("/audit/runs/{id}", View, audit_runs::show),
+        post("/audit/runs", Operate, audit_runs::create),
         // Dead letters. A dry run executes the handler, so it is more than reading.
         post("/dead-letters/find", View, dead_letters::find),
         post("/dead-letters/groups", View, dead_letters::groups),
+        post("/dead-letters/groups/{id}/note", Operate, groups::note),
         get("/dead-letters/{id}", View, dead_letters::dead_letter),
         get("/dead-letters/{id}/replay", View, dead_letters::replayable),
         post("/dead-letters/verify", View, dead_letters::verify),

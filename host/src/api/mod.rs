@@ -32,9 +32,11 @@ use crate::store::{DeploymentRecord, StateRecord, StoreError, WalState, WorkerTo
 mod access;
 pub mod activity;
 mod audit;
+pub mod audit_runs;
 pub mod dead_letters;
 mod doctor;
 mod endpoints;
+pub mod groups;
 pub mod jobs;
 pub mod operate;
 pub mod outbox;

@@ -18,6 +18,7 @@ use crate::bus::{
     Bus, ConsumerState, OtherInstallation, OutgoingMessage, Probe, StreamSpec, is_permanent_error,
     watermark_stream,
 };
+use crate::consumer::LaneReport;
 use crate::drain::Stopping;
 use crate::metrics::health::HealthCheck;
 use crate::model::alarm::{self, ALARM_MAX_AGE, ALARM_STREAM, ALARM_SUBJECTS, Notice};
@@ -27,6 +28,7 @@ use crate::model::invalidation::{CACHE_STREAM, CACHE_STREAM_MAX_AGE, CACHE_SUBJE
 use crate::model::message::Output;
 use crate::model::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
 use crate::model::retry::LastError;
+use crate::relay::RelayReport;
 use crate::store::{Pause, Store, StoredReport, is_busy};
 
 /// How often the checks run.
@@ -56,6 +58,8 @@ pub struct HostReport {
     /// Host name and process id, such as `web-1:4711`.
     pub host: String,
     pub workers: BTreeMap<String, WorkerReport>,
+    #[serde(default)]
+    pub relay: RelayReport,
     /// The settings that all hosts of the database should share.
     #[serde(default)]
     pub settings: BTreeMap<String, String>,
@@ -76,6 +80,9 @@ pub struct WorkerReport {
     /// Messages or requests in flight there.
     #[serde(default)]
     pub in_flight: usize,
+    /// Its lanes there; none while it pulls no messages.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lanes: Option<LaneReport>,
     /// Whether it is paused by an operator, with nothing in flight there.
     #[serde(default)]
     pub is_drained: bool,
@@ -151,6 +158,7 @@ impl Host {
                 broken_version: state.broken_version,
                 pause: state.pause,
                 in_flight: state.in_flight,
+                lanes: state.lanes,
                 is_drained: state.is_drained,
             };
             (state.worker, runs)
@@ -158,6 +166,7 @@ impl Host {
         HostReport {
             host: host_name(),
             workers: self.workers().await.into_iter().map(runs).collect(),
+            relay: self.services.relay_state.report(),
             settings: self.config.shared_settings(),
         }
     }
@@ -169,6 +178,7 @@ impl Host {
             let starting = || HostReport {
                 host: format!("a host that is starting ({})", report.instance),
                 workers: BTreeMap::new(),
+                relay: RelayReport::default(),
                 settings: BTreeMap::new(),
             };
             Ok(HostReport::parse(report)?.unwrap_or_else(starting))

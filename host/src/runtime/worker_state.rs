@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 
 use super::{Hold, Host};
 use crate::alarms::monitor::HostState;
+use crate::consumer::LaneReport;
 use crate::metrics::{Measured, MeasuredOutbox, MeasuredWal, MeasuredWorker};
 use crate::model::alarm::{Alarm, Kind};
 use crate::services::age;
@@ -34,6 +35,9 @@ pub struct WorkerState {
     /// Messages or requests in flight on this host.
     #[serde(default)]
     pub in_flight: usize,
+    /// Its lanes on this host; none while it pulls no messages.
+    #[serde(default)]
+    pub lanes: Option<LaneReport>,
     /// Whether it is paused by an operator, with nothing in flight on this host.
     #[serde(default)]
     pub is_drained: bool,
