@@ -36,7 +36,7 @@ const WEEK: SignedDuration = SignedDuration::from_hours(7 * 24);
 const MARKS_MAX: usize = 30;
 
 /// The most versions that a page lists.
-const VERSIONS_MAX: usize = 50;
+const VERSIONS_MAX: u32 = 50;
 
 /// One worker.
 #[derive(Debug, Serialize)]
@@ -124,15 +124,15 @@ pub async fn show(
 }
 
 async fn find(console: &Console, worker: String) -> Result<View, Problem> {
-    let Json(deployments) = api::deployments(host(console), Path(worker.clone())).await?;
+    let deployments = api::last_deployments(&console.host, &worker, VERSIONS_MAX + 1).await?;
     let Json(hosts) = api::hosts(host(console), Path(worker.clone())).await?;
     let store = &console.host.services.store;
-    let records = store.deployments(&worker).await?;
-    let active = deployments.iter().find(|one| one.active);
-    let shown = records
-        .iter()
-        .find(|record| active.is_some_and(|active| active.version == record.version))
-        .or(records.first());
+    let active = store.active_deployments().await?;
+    let active = active.into_iter().find(|record| record.worker == worker);
+    let shown = match active {
+        Some(active) => Some(active),
+        None => store.last_deployments(&worker, 1).await?.pop(),
+    };
     let manifest = shown.and_then(|record| serde_json::from_str(&record.manifest).ok());
     let states = console.host.workers_with_backlog().await;
     let depths = store.dead_letter_depths().await?;
@@ -277,7 +277,7 @@ fn figures(view: &View) -> Markup {
 fn versions(view: &View) -> Markup {
     let active = view.active().map(|one| one.version);
     let rows = html! {
-        @for one in view.deployments.iter().take(VERSIONS_MAX) {
+        @for one in view.deployments.iter().take(VERSIONS_MAX as usize) {
             tr {
                 th scope="row" { (one.version) }
                 td { @if one.active { (badge(Tone::Good, "active")) } }
@@ -301,7 +301,7 @@ fn versions(view: &View) -> Markup {
         section aria-labelledby="versions" {
             h2 #versions { "Versions" }
             (table("Versions", &["Version", "State", "Deployed", "Component", "Action"], rows))
-            @if view.deployments.len() > VERSIONS_MAX {
+            @if view.deployments.len() > VERSIONS_MAX as usize {
                 p.caption { "The newest " (VERSIONS_MAX) " are shown." }
             }
         }

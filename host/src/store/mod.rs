@@ -675,7 +675,19 @@ impl Store {
     /// All deployments of a worker, newest first.
     pub async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>> {
         let mut db = self.read().await?;
-        let found = deployments::for_worker(&mut db, worker).await?;
+        let found = deployments::for_worker(&mut db, worker, i64::MAX).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// The last deployments of a worker, newest first.
+    pub async fn last_deployments(
+        &self,
+        worker: &str,
+        limit: u32,
+    ) -> Result<Vec<DeploymentRecord>> {
+        let mut db = self.read().await?;
+        let found = deployments::for_worker(&mut db, worker, limit.into()).await?;
         db.commit().await?;
         Ok(found)
     }
