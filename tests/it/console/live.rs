@@ -1,8 +1,10 @@
 //! Live data of the hosts: lanes, held keys, times of calls, relays, streams.
 
 use async_nats::jetstream;
+use support::production::RunningHost;
 
 use super::*;
+use crate::relay_modes::RelayMode;
 
 both!(
     a_worker_shows_its_lanes_and_held_keys,
@@ -250,6 +252,58 @@ async fn streams_have_the_advice_of_the_doctor() -> Result<()> {
     assert_eq!(
         (&stream["name"], &stream["replicas"]),
         (&"IN".into(), &1.into())
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn outputs_show_the_slot_and_the_host_that_reads_it() -> Result<()> {
+    let mode = RelayMode::Wal;
+    let mut world = mode.world("").await?;
+    mode.start(&mut world).await?;
+    world.nats.publish_all(vec![NewMessage::insert(1)]).await?;
+    world.quiet(1).await?;
+    let visit = Visit::log_in(&world).await?;
+    let reader = || async {
+        let view = visit.json("/outputs").await?;
+        let reads = view.pointer("/relays/0/1/reads_wal") == Some(&true.into());
+        Ok((reads && view["wal"]["slot"]["active"] == true).then_some(()))
+    };
+    world.eventually("the reader is shown", reader).await?;
+    let page = visit.page("/outputs").await?;
+    for shown in [
+        "reads the WAL",
+        "Lag behind the commits",
+        "read by a host",
+        "WAL retained",
+    ] {
+        assert!(page.text.contains(shown), "{shown}: {}", page.text);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_host_shows_the_lanes_and_relays_of_all() -> Result<()> {
+    let world = World::start(Kind::Postgres, &manifest("concurrency = 3")?).await?;
+    let _second = RunningHost::start(&world, "second").await?;
+    let visit = Visit::log_in(&world).await?;
+    let both = || async {
+        let view = visit.json("/workers/test").await?;
+        let hosts = view["hosts"].as_array().cloned().unwrap_or_default();
+        let lanes = hosts
+            .iter()
+            .filter(|on| on["status"]["lanes"]["limit"] == 3);
+        Ok((lanes.count() == 2).then_some(hosts))
+    };
+    let hosts = world
+        .eventually("both hosts report their lanes", both)
+        .await?;
+    assert_ne!(hosts[0]["host"], hosts[1]["host"]);
+    let relays = visit.json("/outputs").await?;
+    assert_eq!(
+        relays["relays"].as_array().map(Vec::len),
+        Some(2),
+        "{relays}"
     );
     Ok(())
 }
