@@ -232,6 +232,19 @@ create table oncely.dead_letter_group (
     last_seen  timestamptz not null default now()
 );
 
+-- The owner and the note of a group, as an operator wrote them last. Kept like the group itself: it
+-- may come back.
+create table oncely.dead_letter_group_note (
+    group_id    text        constraint dead_letter_group_note_pk primary key
+        constraint dead_letter_group_note_group references oncely.dead_letter_group,
+    owner       text,
+    note        text,
+    actor       text        not null,
+    stated_name text,
+    written_at  timestamptz not null default now(),
+    constraint dead_letter_group_note_not_empty check (owner is not null or note is not null)
+);
+
 -- A corrected body of a dead letter. The original never changes. A redrive sends the last edit.
 create table oncely.dead_letter_edit (
     dead_letter_id bigint      not null
@@ -321,6 +334,8 @@ create table oncely.redrive_job_item (
 );
 create index redrive_job_item_open on oncely.redrive_job_item (job_id, position)
     where result is null;
+create index redrive_job_item_refused on oncely.redrive_job_item (job_id, position)
+    where result = 'refused';
 
 
 -- Outbox ------------------------------------------------------------------------------------------
@@ -743,6 +758,31 @@ create table oncely.host_report (
     report     text        not null
 ) with (fillfactor = 50);
 
+-- The last 100 audits of the books. One without an end runs, or its host ended meanwhile.
+create table oncely.audit_run (
+    id          bigint      generated always as identity constraint audit_run_pk primary key,
+    -- The window; `worker` is null for all workers.
+    worker      text,
+    since       timestamptz not null,
+    is_repair   boolean     not null,
+    -- The host that runs it, as in its reports.
+    host        text        not null,
+    actor       text        not null,
+    stated_name text,
+    started_at  timestamptz not null default now(),
+    ended_at    timestamptz,
+    -- The report as JSON with the first differences, the number of all, and of those repaired.
+    report      text,
+    differences bigint,
+    repaired    bigint,
+    -- The reason of a failure.
+    error       text,
+    constraint audit_run_ended_has_result check (
+        (ended_at is null) = (report is null and error is null)
+        and (report is null) = (differences is null and repaired is null)
+        and (report is null or error is null))
+);
+
 -- The history of a worker: counts and lag of five minutes, for the charts of the console. A ring:
 -- each worker has at most 2016 rows, those of a week. A week later a row is used again. `bucket` is
 -- the number of its five minutes since the Unix epoch.
@@ -757,6 +797,8 @@ create table oncely.worker_history (
     dead    bigint  not null,
     -- The highest age of the oldest unhandled message, in milliseconds.
     lag_ms  bigint  not null,
+    -- Counts of calls by their time, as a JSON array: see `host/src/model/call_times.rs`.
+    calls   text    not null default '[]',
     constraint worker_history_pk primary key (worker, slot)
 ) with (fillfactor = 50);
 

@@ -202,6 +202,19 @@ create table oncely_dead_letter_group (
     last_seen  integer not null default (cast(unixepoch('subsec') * 1000000 as integer))
 ) strict;
 
+-- The owner and the note of a group, as an operator wrote them last. Kept like the group itself: it
+-- may come back.
+create table oncely_dead_letter_group_note (
+    group_id    text    constraint dead_letter_group_note_pk primary key
+        constraint dead_letter_group_note_group references oncely_dead_letter_group,
+    owner       text,
+    note        text,
+    actor       text    not null,
+    stated_name text,
+    written_at  integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    constraint dead_letter_group_note_not_empty check (owner is not null or note is not null)
+) strict;
+
 -- A corrected body of a dead letter. The original never changes. A redrive sends the last edit.
 create table oncely_dead_letter_edit (
     dead_letter_id integer not null
@@ -295,6 +308,8 @@ create table oncely_redrive_job_item (
 ) strict;
 create index oncely_redrive_job_item_open on oncely_redrive_job_item (job_id, position)
     where result is null;
+create index oncely_redrive_job_item_refused on oncely_redrive_job_item (job_id, position)
+    where result = 'refused';
 
 
 -- Outbox ------------------------------------------------------------------------------------------
@@ -627,6 +642,31 @@ create table oncely_host_report (
     report     text    not null
 ) strict;
 
+-- The last 100 audits of the books. One without an end runs, or its host ended meanwhile.
+create table oncely_audit_run (
+    id          integer constraint audit_run_pk primary key autoincrement,
+    -- The window; `worker` is null for all workers.
+    worker      text,
+    since       integer not null,
+    is_repair   integer not null,
+    -- The host that runs it, as in its reports.
+    host        text    not null,
+    actor       text    not null,
+    stated_name text,
+    started_at  integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    ended_at    integer,
+    -- The report as JSON with the first differences, the number of all, and of those repaired.
+    report      text,
+    differences integer,
+    repaired    integer,
+    -- The reason of a failure.
+    error       text,
+    constraint audit_run_ended_has_result check (
+        (ended_at is null) = (report is null and error is null)
+        and (report is null) = (differences is null and repaired is null)
+        and (report is null or error is null))
+) strict;
+
 -- The history of a worker: counts and lag of five minutes, for the charts of the console. A ring:
 -- each worker has at most 2016 rows, those of a week. A week later a row is used again. `bucket` is
 -- the number of its five minutes since the Unix epoch.
@@ -641,6 +681,8 @@ create table oncely_worker_history (
     dead    integer not null,
     -- The highest age of the oldest unhandled message, in milliseconds.
     lag_ms  integer not null,
+    -- Counts of calls by their time, as a JSON array: see `host/src/model/call_times.rs`.
+    calls   text    not null default '[]',
     constraint worker_history_pk primary key (worker, slot)
 ) strict;
 

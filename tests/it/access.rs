@@ -332,6 +332,12 @@ async fn no_changing_request_is_without_an_activity() -> Result<()> {
             "/v1/audit",
             json!({ "since": "2026-01-01T00:00:00Z", "repair": true }),
         ),
+        // A window that begins later is empty.
+        ("/v1/audit/runs", json!({ "since": "2126-01-01T00:00:00Z" })),
+        (
+            "/v1/dead-letters/groups/{id}/note",
+            json!({ "owner": "payments" }),
+        ),
         ("/v1/dead-letters/jobs", json!({ "ids": [1] })),
         (
             "/v1/dead-letters/jobs/{id}/change",

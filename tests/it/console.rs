@@ -9,9 +9,12 @@ use support::database::Kind;
 use support::nats::NewMessage;
 use support::world::{World, manifest};
 
+mod audits;
 mod browser;
 mod forms;
 mod hostile;
+mod live;
+mod plans;
 
 /// One attempt, so that a message dies at once.
 const ONE_ATTEMPT: &str =
@@ -20,9 +23,11 @@ const ONE_ATTEMPT: &str =
 const OPEN: &str = "select count(*) from oncely.dead_letter where state = 'open'";
 
 /// All pages without a parameter.
-const PAGES: [&str; 11] = [
+const PAGES: [&str; 13] = [
     "/",
     "/failures",
+    "/jobs",
+    "/books",
     "/workers",
     "/workers/test",
     "/workers/test/state",

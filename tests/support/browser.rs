@@ -131,10 +131,12 @@ impl Browser {
         self.post("actions", actions).await.map(drop)
     }
 
-    /// Presses the tab key until the focused element has this text, this label or this name.
+    /// Presses the tab key until the focused element has this text, this label or this name. A
+    /// checkbox has no text.
     pub async fn tab_to(&self, wanted: &str) -> Result<()> {
         let script = "const e = document.activeElement; if (!e) return []; \
-            return [e.innerText, e.name, e.id, e.value].map(x => (x || '').trim())";
+            const value = e.type === 'checkbox' ? e.getAttribute('aria-label') : e.value; \
+            return [e.innerText, e.name, e.id, value].map(x => (x || '').trim())";
         let mut seen = Vec::new();
         for _ in 0..200 {
             self.press(keys::TAB).await?;

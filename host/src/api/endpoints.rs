@@ -11,7 +11,10 @@ use schemars::SchemaGenerator;
 
 use super::access::{self, RequestKind};
 use super::openapi::{Contents, Described};
-use super::{activity, audit, dead_letters, doctor, jobs, operate, outbox, receipts, tokens};
+use super::{
+    activity, audit, audit_runs, dead_letters, doctor, groups, jobs, operate, outbox, receipts,
+    tokens,
+};
 use crate::component;
 use crate::model::role::Role::{self, Admin, Deploy, Operate, View};
 use crate::runtime::Host;
@@ -67,11 +70,16 @@ pub(super) fn all() -> Vec<Endpoint> {
             .about("Skip the next messages of a plan"),
         post("/publish", Operate, super::publish).about("Publish a message"),
         post("/audit", Operate, audit::audit).about("Compare the database with the streams"),
+        get("/audit/runs", View, audit_runs::list).about("The audits that hosts ran, newest first"),
+        get("/audit/runs/{id}", View, audit_runs::show).about("One audit with its findings"),
+        post("/audit/runs", Operate, audit_runs::create).about("Start an audit in the host"),
         // Dead letters. A dry run executes the handler, so it is more than reading.
         post("/dead-letters/find", View, dead_letters::find)
             .about("Find dead letters, newest first"),
         post("/dead-letters/groups", View, dead_letters::groups)
             .about("Group dead letters by their failure"),
+        post("/dead-letters/groups/{id}/note", Operate, groups::note)
+            .about("Set the note and the owner of a group"),
         get("/dead-letters/{id}", View, dead_letters::dead_letter)
             .about("One dead letter with its failure history"),
         get("/dead-letters/{id}/replay", View, dead_letters::replayable)

@@ -43,7 +43,7 @@ pub struct JobRequest {
     pub by: StatedBy,
 }
 
-pub(super) async fn create(
+pub async fn create(
     State(host): State<Arc<Host>>,
     caller: Caller,
     Json(request): Json<JobRequest>,
@@ -138,7 +138,7 @@ pub struct JobsQuery {
 }
 
 /// The newest jobs.
-pub(super) async fn list(
+pub async fn list(
     State(host): State<Arc<Host>>,
     Query(query): Query<JobsQuery>,
 ) -> ApiResult<Vec<RedriveJob>> {
@@ -146,10 +146,7 @@ pub(super) async fn list(
     Ok(Json(host.services.store.redrive_jobs(limit).await?))
 }
 
-pub(super) async fn show(
-    State(host): State<Arc<Host>>,
-    Path(id): Path<i64>,
-) -> ApiResult<RedriveJob> {
+pub async fn show(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> ApiResult<RedriveJob> {
     let job = host.services.store.redrive_job(id).await?;
     Ok(Json(job.ok_or_else(|| job_not_found(id))?))
 }
@@ -164,7 +161,7 @@ pub struct JobItemsQuery {
 }
 
 /// Dead letters of a job with their results, in order.
-pub(super) async fn items(
+pub async fn items(
     State(host): State<Arc<Host>>,
     Path(id): Path<i64>,
     Query(query): Query<JobItemsQuery>,
@@ -181,7 +178,7 @@ pub struct JobChange {
 }
 
 /// Pauses, resumes or cancels a job.
-pub(super) async fn change(
+pub async fn change(
     State(host): State<Arc<Host>>,
     caller: Caller,
     Path(id): Path<i64>,

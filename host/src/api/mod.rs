@@ -34,9 +34,11 @@ use crate::store::{DeploymentRecord, StateRecord, StoreError, WalState, WorkerTo
 mod access;
 pub mod activity;
 mod audit;
+pub mod audit_runs;
 pub mod dead_letters;
 mod doctor;
 mod endpoints;
+pub mod groups;
 pub mod jobs;
 pub mod openapi;
 pub mod operate;
@@ -253,16 +255,47 @@ pub async fn deployments(
     State(host): State<Arc<Host>>,
     Path(worker): Path<String>,
 ) -> ApiResult<Vec<Deployment>> {
+    let records = host.services.store.deployments(&worker).await?;
+    Ok(Json(shown_deployments(&host, &worker, records).await?))
+}
+
+/// The last deployments of a worker, newest first, and the active one wherever it is.
+///
+/// # Errors
+/// The worker was never deployed, or the database failed.
+pub async fn last_deployments(
+    host: &Host,
+    worker: &str,
+    limit: u32,
+) -> Result<Vec<Deployment>, ApiError> {
+    let store = &host.services.store;
+    let mut records = store.last_deployments(worker, limit).await?;
+    let active = store.active_deployments().await?;
+    let active = active.into_iter().find(|record| record.worker == worker);
+    let is_missing = |active: &DeploymentRecord| {
+        let mut listed = records.iter();
+        listed.all(|record| record.version != active.version)
+    };
+    if let Some(active) = active.filter(is_missing) {
+        records.push(active);
+    }
+    shown_deployments(host, worker, records).await
+}
+
+async fn shown_deployments(
+    host: &Host,
+    worker: &str,
+    records: Vec<DeploymentRecord>,
+) -> Result<Vec<Deployment>, ApiError> {
+    if records.is_empty() {
+        return Err(worker_not_found(worker));
+    }
     let active = host.services.store.active_deployments().await?;
     let is_active = |version| {
         active
             .iter()
             .any(|record| record.worker == worker && record.version == version)
     };
-    let records = host.services.store.deployments(&worker).await?;
-    if records.is_empty() {
-        return Err(worker_not_found(&worker));
-    }
     let shown = records.into_iter().map(|record| Deployment {
         active: is_active(record.version),
         version: record.version,
@@ -272,7 +305,7 @@ pub async fn deployments(
         digest: record.digest,
         created_at: record.created_at,
     });
-    Ok(Json(shown.collect()))
+    Ok(shown.collect())
 }
 
 /// The digest of an uploaded component.

@@ -20,9 +20,24 @@ use crate::store::{OutputFilter, OutputSummary};
 
 pub async fn list(
     State(host): State<Arc<Host>>,
-    Query(filter): Query<OutputFilter>,
+    Query(mut filter): Query<OutputFilter>,
 ) -> ApiResult<Vec<OutputSummary>> {
+    if let Some(name) = &filter.stream {
+        filter.subjects = subjects_of(&host, name).await?;
+    }
     Ok(Json(host.services.store.outputs(&filter).await?))
+}
+
+/// The subjects of a stream. Outputs that are not published yet have no other mark of it.
+async fn subjects_of(host: &Host, name: &str) -> Result<Vec<String>, ApiError> {
+    let stream = host.services.bus.stream(name).await?;
+    let subjects = stream.map(|stream| stream.subjects);
+    subjects
+        .filter(|subjects| !subjects.is_empty())
+        .ok_or_else(|| {
+            let missing = anyhow!("there is no stream {name} with subjects");
+            ApiError(StatusCode::NOT_FOUND, missing.hint("nats stream ls"))
+        })
 }
 
 /// One complete output.

@@ -37,6 +37,9 @@ struct List {
     /// Show only outputs of this worker.
     #[arg(long)]
     worker: Option<String>,
+    /// Show only outputs to this stream, by its subjects.
+    #[arg(long)]
+    stream: Option<String>,
     /// Show all unpublished outputs, not only parked ones.
     #[arg(long)]
     unpublished: bool,
@@ -130,7 +133,9 @@ impl List {
             worker: self.worker,
             unpublished,
             dropped,
+            stream: self.stream,
             limit: self.limit,
+            ..OutputFilter::default()
         };
         let outputs: Vec<OutputSummary> = client.get_with("/outbox", &filter).await?;
         if self.json {

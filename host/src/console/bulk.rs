@@ -1,6 +1,6 @@
-//! Actions on all dead letters of a filter, after a page that shows their number and a sample.
+//! Closing all dead letters of a filter, after a page that shows their number. See `plan.rs` for
+//! redrives.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Json;
@@ -16,11 +16,11 @@ use super::parts::{command, counted};
 use super::problem::Problem;
 use super::visitor::{Answer, Visitor};
 use super::{Console, host};
-use crate::api::dead_letters::{
-    self, CloseAction, CloseRequest, DeadLettersRequest, RedriveRequest,
-};
+use crate::api::dead_letters::{self, CloseAction, CloseRequest};
 use crate::api::{Caller, StatedBy};
-use crate::store::{DeadLetterActionResult, DeadLetterFilter, DeadLetterSummary, Redrive};
+use crate::store::{
+    DeadLetterActionResult, DeadLetterFilter, DeadLetterSummary, dead_letters_within,
+};
 
 /// The most dead letters of one action. A terminal can do more.
 const SELECTED_MAX: u32 = 10_000;
@@ -28,14 +28,16 @@ const SELECTED_MAX: u32 = 10_000;
 /// How many dead letters one transaction changes.
 const CHUNK_SIZE: usize = 100;
 
-/// How many dead letters the page before a redrive runs dry.
-const SAMPLE: usize = 10;
+/// How many dead letters the page before an action shows.
+const SHOWN: usize = 10;
+
+/// How many times 500 dead letters are read for a subject with wildcards.
+const PAGES_READ_MAX: u32 = 200;
 
 /// An action on several dead letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {
-    Redrive,
     Resolve,
     Drop,
 }
@@ -44,7 +46,6 @@ impl Action {
     /// The verb, its past participle, and the name of the command.
     fn words(self) -> (&'static str, &'static str, &'static str) {
         match self {
-            Action::Redrive => ("Redrive", "redriven", "redrive"),
             Action::Resolve => ("Resolve", "resolved", "resolve"),
             Action::Drop => ("Drop", "dropped", "drop"),
         }
@@ -52,10 +53,6 @@ impl Action {
 
     fn meaning(self) -> &'static str {
         match self {
-            Action::Redrive => {
-                "Each message is sent to its worker again. It takes effect once, or it becomes a \
-                 dead letter again."
-            }
             Action::Resolve => {
                 "The dead letters are closed: no action is needed. Their messages take no effect."
             }
@@ -71,13 +68,9 @@ pub async fn confirm(
     visitor: Visitor,
 ) -> Answer {
     let selected = select(&console, filter_of_form(&visitor.query)?).await?;
-    let sample = match action {
-        Action::Redrive => Some(dry_run(&console, &selected).await?),
-        Action::Resolve | Action::Drop => None,
-    };
     let (verb, ..) = action.words();
     let title = format!("{verb} {}", counted(selected.len() as u64, "dead letter"));
-    let body = show(&visitor, action, &title, &selected, sample.as_ref());
+    let body = show(&visitor, action, &title, &selected);
     Ok(visitor.page(Section::Failures, &title, body))
 }
 
@@ -118,41 +111,17 @@ async fn select(
         limit: SELECTED_MAX + 1,
         ..filter
     };
-    let Json(mut selected) = dead_letters::find(host(console), Json(filter)).await?;
-    if selected.len() > SELECTED_MAX as usize {
+    let store = &console.host.services.store;
+    let (mut selected, rest) = dead_letters_within(store, &filter, PAGES_READ_MAX).await?;
+    if selected.len() > SELECTED_MAX as usize || rest.is_some() {
         return Err(Problem::refused(
             StatusCode::BAD_REQUEST,
-            "the filter selects more than 10000 dead letters",
-            "oncely dlq redrive --all --rate 100",
+            "the filter selects more than 10000 dead letters, or reads more than 100000",
+            "oncely dlq resolve --worker NAME --note TEXT",
         ));
     }
-    selected.sort_by(|a, b| {
-        let place = |one: &DeadLetterSummary| {
-            (
-                one.worker.clone(),
-                one.stream.clone(),
-                one.stream_sequence,
-                one.id,
-            )
-        };
-        place(a).cmp(&place(b))
-    });
+    selected.sort_by(|one, other| one.stream_order().cmp(&other.stream_order()));
     Ok(selected)
-}
-
-/// How often each prediction occurs in a sample of the selected dead letters.
-async fn dry_run(
-    console: &Console,
-    selected: &[DeadLetterSummary],
-) -> Result<BTreeMap<&'static str, u64>, Problem> {
-    let ids = selected.iter().take(SAMPLE).map(|one| one.id).collect();
-    let request = DeadLettersRequest { ids };
-    let Json(previews) = dead_letters::dry_run(host(console), Json(request)).await?;
-    let mut predictions = BTreeMap::new();
-    for preview in previews {
-        *predictions.entry(preview.prediction.label()).or_default() += 1;
-    }
-    Ok(predictions)
 }
 
 async fn apply(
@@ -164,42 +133,18 @@ async fn apply(
 ) -> Result<Vec<DeadLetterActionResult>, Problem> {
     let mut results = Vec::new();
     for chunk in selected.chunks(CHUNK_SIZE) {
-        let close = |action| CloseRequest {
+        let action = match action {
+            Action::Resolve => CloseAction::Resolve,
+            Action::Drop => CloseAction::Drop,
+        };
+        let request = CloseRequest {
             ids: chunk.iter().map(|one| one.id).collect(),
             action,
             by: by.clone(),
             seen: Vec::new(),
         };
-        let Json(done) = match action {
-            Action::Redrive => {
-                let redrive = |one: &DeadLetterSummary| Redrive {
-                    id: one.id,
-                    generation: Some(one.generation),
-                    again: false,
-                };
-                let request = RedriveRequest {
-                    dead_letters: chunk.iter().map(redrive).collect(),
-                    by: by.clone(),
-                };
-                dead_letters::redrive(host(console), caller.clone(), Json(request)).await?
-            }
-            Action::Resolve => {
-                dead_letters::close(
-                    host(console),
-                    caller.clone(),
-                    Json(close(CloseAction::Resolve)),
-                )
-                .await?
-            }
-            Action::Drop => {
-                dead_letters::close(
-                    host(console),
-                    caller.clone(),
-                    Json(close(CloseAction::Drop)),
-                )
-                .await?
-            }
-        };
+        let (state, caller) = (host(console), caller.clone());
+        let Json(done) = dead_letters::close(state, caller, Json(request)).await?;
         results.extend(done);
     }
     Ok(results)
@@ -225,20 +170,14 @@ fn summary(action: Action, results: &[DeadLetterActionResult]) -> Result<String,
     }
 }
 
-fn show(
-    visitor: &Visitor,
-    action: Action,
-    title: &str,
-    selected: &[DeadLetterSummary],
-    sample: Option<&BTreeMap<&'static str, u64>>,
-) -> Markup {
+fn show(visitor: &Visitor, action: Action, title: &str, selected: &[DeadLetterSummary]) -> Markup {
     let (_, _, name) = action.words();
     let chosen = selection(&visitor.query);
     let options = match options(&chosen) {
         none if none.is_empty() => " --all".to_owned(),
         options => options,
     };
-    let shown = selected.get(..SAMPLE).unwrap_or(selected);
+    let shown = selected.get(..SHOWN).unwrap_or(selected);
     html! {
         p.crumbs { a href={ "/failures" (chosen.query()) } { "Failures" } }
         h1 { (title) "?" }
@@ -246,27 +185,9 @@ fn show(
             p.empty { "No dead letter matches any more." }
         } @else {
             p { (action.meaning()) }
-            @if let Some(sample) = sample {
-                section.panel aria-label="Dry run" {
-                    p.lead {
-                        "Dry run of "
-                        @if shown.len() < selected.len() { "the first " (shown.len()) }
-                        @else { "all of them" }
-                        ": "
-                        @for (at, (prediction, number)) in sample.iter().enumerate() {
-                            @if at > 0 { ", " }
-                            (number) " × " (prediction)
-                        }
-                    }
-                }
-            }
             form.panel.stack action={ "/failures/" (name) } method="post" {
                 (visitor.form_token())
-                @for field in ["worker", "reason", "code", "group", "subject", "since", "until"] {
-                    @if let Some(value) = chosen.get(field) {
-                        input type="hidden" name=(field) value=(value);
-                    }
-                }
+                (hidden(&chosen))
                 input type="hidden" name="count" value=(selected.len());
                 (attribution_fields(visitor, action == Action::Resolve))
                 div.submit {
@@ -279,5 +200,12 @@ fn show(
             p.caption { "The same in a terminal" }
             (command(&(["oncely dlq", name].join(" ") + &options)))
         }
+    }
+}
+
+/// The fields of a selection, for the form that acts on it.
+pub fn hidden(selected: &Fields) -> Markup {
+    html! {
+        @for (name, value) in selected.pairs() { input type="hidden" name=(name) value=(value); }
     }
 }

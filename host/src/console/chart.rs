@@ -4,8 +4,9 @@ use std::fmt::Write as _;
 
 use jiff::Timestamp;
 use maud::{Markup, html};
+use serde::Serialize;
 
-use super::parts::{age, count};
+use super::parts::{age, count, time};
 use crate::store::{HISTORY_BUCKET_SECS, HistoryPoint};
 
 /// One bar for each point of time, also for those without a row.
@@ -67,6 +68,14 @@ fn failed(point: &HistoryPoint) -> u64 {
     point.retries + point.dead
 }
 
+fn p50(point: &HistoryPoint) -> u64 {
+    point.p50_us.unwrap_or_default()
+}
+
+fn p99(point: &HistoryPoint) -> u64 {
+    point.p99_us.unwrap_or_default()
+}
+
 fn lag(point: &HistoryPoint) -> u64 {
     point.lag_ms
 }
@@ -94,10 +103,23 @@ pub const SPARK_STEP: u32 = 6;
 /// The rows of a point of [`week`]: an hour.
 pub const WEEK_STEP: u32 = 12;
 
-/// The charts of seven days.
-pub fn week(points: &[HistoryPoint], now: Timestamp) -> Markup {
-    let bars = Bars::of(points, 7 * 24, WEEK_STEP, now);
-    let highest = bars.highest(|point| point.done.max(point.retries + point.dead));
+/// A deployment or a rollback, marked on the axis of time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Mark {
+    pub at: Timestamp,
+    /// The version that became active.
+    pub version: u32,
+    pub is_rollback: bool,
+}
+
+/// The points of [`week`].
+const WEEK_POINTS: u32 = 7 * 24;
+
+/// The charts of seven days, on one axis of time with the marks.
+pub fn week(points: &[HistoryPoint], marks: &[Mark], now: Timestamp) -> Markup {
+    let bars = Bars::of(points, WEEK_POINTS as usize, WEEK_STEP, now);
+    let highest = bars.highest(|point| point.done.max(failed(point)));
+    let slowest = bars.highest(p99);
     let longest = bars.highest(lag);
     let handled = format!(
         "{} handled, {} failed attempts; at most {} an hour",
@@ -105,33 +127,89 @@ pub fn week(points: &[HistoryPoint], now: Timestamp) -> Markup {
         count(bars.sum(failed)),
         count(highest)
     );
+    let called = match slowest {
+        0 => "no calls".to_owned(),
+        slowest => format!(
+            "half of the calls within {}, 99 of 100 within {}, in the slowest hour",
+            micros(bars.highest(p50)),
+            micros(slowest)
+        ),
+    };
     let waited = match longest {
         0 => "no message waited".to_owned(),
         longest => format!("the oldest message waited {} at most", age(longest)),
     };
+    let places: Vec<f64> = marks
+        .iter()
+        .filter_map(|mark| place_of(mark.at, now))
+        .collect();
     html! {
-        div.charts {
-            (chart("Handled and failed", &handled, html! {
+        div.charts.panel {
+            (chart("Handled and failed", &handled, &places, html! {
                 path.done d=(bars.path(done, highest, 60)) {}
                 path.failed d=(bars.path(failed, highest, 60)) {}
             }))
-            (chart("Age of the oldest message", &waited, html! {
+            (chart("Time of a call", &called, &places, html! {
+                path.slow d=(bars.path(p99, slowest, 60)) {}
+                path.done d=(bars.path(p50, slowest, 60)) {}
+            }))
+            (chart("Age of the oldest message", &waited, &places, html! {
                 path.lag d=(bars.path(lag, longest, 60)) {}
             }))
+            p.axis.muted { span { "7 days ago" } span { "now" } }
+            (mark_list(marks))
         }
     }
 }
 
-fn chart(title: &str, text: &str, content: Markup) -> Markup {
+/// The place of a time on the axis, in hours from its left end.
+fn place_of(at: Timestamp, now: Timestamp) -> Option<f64> {
+    // The last bar is the current hour, which ends later than now.
+    let end = (now.as_second() / 3600 + 1) * 3600;
+    let back = (end - at.as_second()) as f64 / 3600.0;
+    let place = f64::from(WEEK_POINTS) - back;
+    (0.0..=f64::from(WEEK_POINTS))
+        .contains(&place)
+        .then_some(place)
+}
+
+/// The marks in words, newest first.
+fn mark_list(marks: &[Mark]) -> Markup {
+    if marks.is_empty() {
+        return html! { p.caption { "No version was activated in the last seven days." } };
+    }
     html! {
-        figure.panel {
+        p.caption {
+            span.mark-sample aria-hidden="true" {} " "
+            @for (number, mark) in marks.iter().enumerate() {
+                @if number > 0 { " · " }
+                @if mark.is_rollback { "back to " } "version " (mark.version) " " (time(mark.at))
+            }
+        }
+    }
+}
+
+/// A duration in microseconds.
+fn micros(us: u64) -> String {
+    match us {
+        0..10_000 => format!("{:.1} ms", us as f64 / 1000.0),
+        10_000..1_000_000 => format!("{} ms", us / 1000),
+        _ => format!("{:.1} s", us as f64 / 1_000_000.0),
+    }
+}
+
+fn chart(title: &str, text: &str, marks: &[f64], content: Markup) -> Markup {
+    html! {
+        figure {
             figcaption { strong { (title) } " " span.muted { (text) } }
             svg viewBox="0 0 168 60" preserveAspectRatio="none" role="img"
                 aria-label=(format!("{title}, last seven days: {text}")) {
                 @for day in 1..7 { line x1=(day * 24) y1="0" x2=(day * 24) y2="60" {} }
                 (content)
+                @for place in marks {
+                    line.mark x1=(format!("{place:.2}")) y1="0" x2=(format!("{place:.2}")) y2="60" {}
+                }
             }
-            p.axis.muted { span { "7 days ago" } span { "now" } }
         }
     }
 }
@@ -150,6 +228,8 @@ mod tests {
             retries: 0,
             dead: 0,
             lag_ms: 0,
+            p50_us: None,
+            p99_us: None,
         };
         let points = [hour(200, 9), hour(167, 1), hour(1, 4), hour(0, 2)];
         let bars = Bars::of(&points, 168, WEEK_STEP, now);
@@ -157,5 +237,20 @@ mod tests {
         assert_eq!((done(0), done(166), done(167)), (Some(1), Some(4), Some(2)));
         assert_eq!(bars.sum(super::done), 7, "older points are left out");
         assert_eq!(bars.path(super::done, 4, 60).matches('M').count(), 3);
+    }
+
+    #[test]
+    fn marks_are_placed_by_their_time() {
+        let now = Timestamp::from_second(1_000_000_000).unwrap();
+        let ago = |secs: i64| place_of(Timestamp::from_second(1_000_000_000 - secs).unwrap(), now);
+        // It is 46 minutes and 40 seconds past the hour.
+        assert!((ago(0).unwrap() - 167.78).abs() < 0.01);
+        assert!((ago(24 * 3600).unwrap() - 143.78).abs() < 0.01);
+        assert_eq!(ago(8 * 24 * 3600), None);
+        assert_eq!(ago(-7200), None);
+        assert_eq!(
+            [micros(141), micros(45_300), micros(1_600_000)],
+            ["0.1 ms", "45 ms", "1.6 s"]
+        );
     }
 }

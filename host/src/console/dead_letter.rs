@@ -31,6 +31,26 @@ use crate::store::{DeadLetterActionResult, DeadLetterState, DeadLetterSummary};
 /// How many recorded calls are shown. `oncely replay` has all of them.
 const CALLS_SHOWN: usize = 200;
 
+/// How many attempts, outputs, actions and corrected bodies are shown. `oncely dlq show` has all of
+/// them.
+pub const ATTEMPTS_SHOWN: usize = 100;
+const OUTPUTS_SHOWN: usize = 100;
+const ACTIONS_SHOWN: usize = 100;
+const EDITS_SHOWN: usize = 10;
+
+/// The last entries of a list, and the number of those before them.
+pub fn last_of<T>(all: &[T], shown: usize) -> (&[T], usize) {
+    let hidden = all.len().saturating_sub(shown);
+    (all.get(hidden..).unwrap_or_default(), hidden)
+}
+
+/// The line on entries that are not shown.
+pub fn earlier(hidden: usize, noun: &str) -> Markup {
+    html! {
+        @if hidden > 0 { p.caption { (counted(hidden as u64, noun)) " before these are not shown." } }
+    }
+}
+
 /// A dead letter with the recording of its last attempt.
 #[derive(Debug, Serialize)]
 struct View {
@@ -205,8 +225,10 @@ fn page(visitor: &Visitor, view: &View) -> Markup {
         section aria-labelledby="body" {
             h2 #body { "Body" }
             (body("Body", &decoded(&dead_letter.body), Some(&format!("/dead-letters/{id}/body"))))
-            @for (number, edit) in dead_letter.edits.iter().enumerate() {
-                (corrected(id, number, edit))
+            @let (edits, hidden) = last_of(&dead_letter.edits, EDITS_SHOWN);
+            (earlier(hidden, "correction"))
+            @for (number, edit) in edits.iter().enumerate() {
+                (corrected(id, hidden + number, edit))
             }
         }
         (headers(&dead_letter.headers))
@@ -275,7 +297,9 @@ fn facts(dead_letter: &DeadLetter) -> Markup {
         (details(pairs))
         @if !dead_letter.outputs.is_empty() {
             h2 { "Outputs" }
-            ul { @for output in &dead_letter.outputs {
+            @let (outputs, hidden) = last_of(&dead_letter.outputs, OUTPUTS_SHOWN);
+            (earlier(hidden, "output"))
+            ul { @for output in outputs {
                 li {
                     code { (text(&output.id)) } " to " (text(&output.subject)) ": "
                     @match (&output.stream, output.stream_sequence) {
@@ -305,8 +329,10 @@ fn attempts(dead_letter: &DeadLetter) -> Markup {
     html! {
         section aria-labelledby="attempts" {
             h2 #attempts { "Attempts" }
+            @let (attempts, hidden) = last_of(history, ATTEMPTS_SHOWN);
+            (earlier(hidden, "attempt"))
             ol.timeline {
-                @for attempt in history { (show_attempt(attempt)) }
+                @for attempt in attempts { (show_attempt(attempt)) }
             }
         }
     }
@@ -436,8 +462,10 @@ fn history(dead_letter: &DeadLetter) -> Markup {
     html! {
         section aria-labelledby="history" {
             h2 #history { "History" }
+            @let (actions, hidden) = last_of(&dead_letter.audit, ACTIONS_SHOWN);
+            (earlier(hidden, "action"))
             ol.timeline {
-                @for entry in &dead_letter.audit {
+                @for entry in actions {
                     li {
                         p {
                             strong { (entry.action) } " by " (text(&entry.actor)) " "

@@ -92,7 +92,7 @@ pub async fn redrive(
 }
 
 /// The colour of a prediction.
-fn tone(prediction: Prediction) -> Tone {
+pub fn tone(prediction: Prediction) -> Tone {
     match prediction {
         Prediction::WouldSucceed => Tone::Good,
         Prediction::SameFailure | Prediction::DifferentFailure => Tone::Bad,
@@ -129,9 +129,7 @@ fn page(visitor: &Visitor, title: &str, preview: &Preview) -> Markup {
                 a href=(links::event(&preview.worker, &preview.event_id)) { (text(&preview.event_id)) }
             }),
         ]))
-        (rows(preview))
-        (state(&preview.state))
-        (outputs(&preview.outputs))
+        (effects(preview))
         @if !preview.logs.is_empty() {
             h2 { "Log" }
             pre { (lines(&preview.logs)) }
@@ -139,6 +137,23 @@ fn page(visitor: &Visitor, title: &str, preview: &Preview) -> Markup {
         (redrive_form(visitor, preview))
         p.caption { "The same in a terminal" }
         (command(&format!("oncely dlq redrive {id} --dry-run")))
+    }
+}
+
+/// Whether a dry run changed anything that can be shown.
+pub fn has_effects(preview: &Preview) -> bool {
+    let changes = &preview.changes;
+    let is_changed =
+        !changes.rows.is_empty() || changes.refused.is_some() || !changes.omitted.is_empty();
+    is_changed || !preview.state.is_empty() || !preview.outputs.is_empty()
+}
+
+/// The changed rows and state, and the outputs.
+pub fn effects(preview: &Preview) -> Markup {
+    html! {
+        (rows(preview))
+        (state(&preview.state))
+        (outputs(&preview.outputs))
     }
 }
 

@@ -10,7 +10,7 @@ use maud::{Markup, html};
 use serde::Serialize;
 
 use super::Console;
-use super::dead_letter::{inbox_tone, show_attempt};
+use super::dead_letter::{ATTEMPTS_SHOWN, earlier, inbox_tone, last_of, show_attempt};
 use super::failures::list;
 use super::links;
 use super::page::Section;
@@ -365,7 +365,9 @@ fn attempts_step(event: &Event) -> Markup {
     let failed = event.attempts.len() as u64;
     let content = html! {
         @if !event.attempts.is_empty() {
-            ol.timeline { @for attempt in &event.attempts { (show_attempt(attempt)) } }
+            @let (attempts, hidden) = last_of(&event.attempts, ATTEMPTS_SHOWN);
+            (earlier(hidden, "attempt"))
+            ol.timeline { @for attempt in attempts { (show_attempt(attempt)) } }
         }
         @if !event.dead_letters.is_empty() { (list(&event.dead_letters)) }
     };

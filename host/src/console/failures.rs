@@ -9,6 +9,7 @@ use maud::{Markup, html};
 use serde::Serialize;
 
 use super::fields::Fields;
+use super::group_note;
 use super::links;
 use super::page::Section;
 use super::parts::{Tone, badge, cell, command, count, counted, sentence, table, text, time};
@@ -19,10 +20,15 @@ use crate::api::dead_letters;
 use crate::model::failure_code::FailureCode;
 use crate::model::units;
 use crate::model::verdict::Reason;
-use crate::store::{DeadLetterFilter, DeadLetterGroup, DeadLetterState, DeadLetterSummary};
+use crate::store::{
+    DeadLetterFilter, DeadLetterGroup, DeadLetterState, DeadLetterSummary, dead_letters_within,
+};
 
 /// How many dead letters a page lists.
 const PAGE_SIZE: u32 = 50;
+
+/// How many times 500 dead letters are read for a subject with wildcards, which may match few.
+pub const PAGES_READ_MAX: u32 = 20;
 
 /// How many groups a page lists, and with `groups=all`.
 const GROUPS_SHOWN: u32 = 12;
@@ -44,7 +50,7 @@ pub async fn failures(State(console): State<Arc<Console>>, visitor: Visitor) -> 
         Err(error) => (DeadLetterFilter::default(), Some(error)),
     };
 
-    // One group more and one dead letter more than shown: there may be a next page.
+    // One group more than shown: there may be more.
     let is_all = visitor.query.get("groups") == Some("all");
     let groups_shown = if is_all { GROUPS_MAX } else { GROUPS_SHOWN };
     let of_groups = DeadLetterFilter {
@@ -53,16 +59,14 @@ pub async fn failures(State(console): State<Arc<Console>>, visitor: Visitor) -> 
         ..filter.clone()
     };
     let page = DeadLetterFilter {
-        limit: PAGE_SIZE + 1,
+        limit: PAGE_SIZE,
         ..filter.clone()
     };
     let Json(mut groups) = dead_letters::groups(host(&console), Json(of_groups)).await?;
-    let Json(mut listed) = dead_letters::find(host(&console), Json(page)).await?;
+    let store = &console.host.services.store;
+    let (listed, next_below) = dead_letters_within(store, &page, PAGES_READ_MAX).await?;
     let has_more_groups = groups.len() > groups_shown as usize;
     groups.truncate(groups_shown as usize);
-    let has_next = listed.len() > PAGE_SIZE as usize;
-    listed.truncate(PAGE_SIZE as usize);
-    let next_below = listed.last().filter(|_| has_next).map(|last| last.id);
 
     let view = Failures {
         filter,
@@ -72,11 +76,11 @@ pub async fn failures(State(console): State<Arc<Console>>, visitor: Visitor) -> 
     };
     let query = visitor.query.clone();
     if let Some(error) = error {
-        let body = show(&view, &query, false);
+        let body = show(&visitor, &view, &query, false);
         return Ok(visitor.refusal(Section::Failures, "Failures", &error, body));
     }
     visitor.answer(Section::Failures, "Failures", &view, |view| {
-        show(view, &query, has_more_groups)
+        show(&visitor, view, &query, has_more_groups)
     })
 }
 
@@ -91,7 +95,7 @@ pub fn filter(query: &Fields) -> Result<DeadLetterFilter, String> {
         given.map(|text| units::parse_time(text, now)).transpose()
     };
     Ok(DeadLetterFilter {
-        ids: Vec::new(),
+        ids: query.all("id").filter_map(|id| id.parse().ok()).collect(),
         worker: query.text("worker"),
         reason: query.text("reason"),
         code: query.text("code"),
@@ -107,6 +111,10 @@ pub fn filter(query: &Fields) -> Result<DeadLetterFilter, String> {
 
 /// The options of `oncely dlq` that select the same dead letters.
 pub fn options(query: &Fields) -> String {
+    let ids: Vec<&str> = query.all("id").collect();
+    if !ids.is_empty() {
+        return format!(" {}", ids.join(" "));
+    }
     let mut options = String::new();
     for name in [
         "worker", "reason", "code", "group", "subject", "since", "until",
@@ -135,13 +143,19 @@ pub fn selection(query: &Fields) -> Fields {
     let given = names
         .into_iter()
         .filter_map(|name| Some((name.to_owned(), query.text(name)?)));
-    given.collect()
+    let ids = query.all("id").filter(|id| id.parse::<i64>().is_ok());
+    given
+        .chain(ids.map(|id| ("id".to_owned(), id.to_owned())))
+        .collect()
 }
 
-fn show(view: &Failures, query: &Fields, has_more_groups: bool) -> Markup {
+fn show(visitor: &Visitor, view: &Failures, query: &Fields, has_more_groups: bool) -> Markup {
     let selected = selection(query);
     html! {
-        h1 { "Failures" }
+        div.heading {
+            h1 { "Failures" }
+            p.actions { a.button.quiet href="/jobs" { "Redrive jobs" } }
+        }
         (filters(query))
         @if view.groups.is_empty() {
             p.empty.good {
@@ -160,14 +174,15 @@ fn show(view: &Failures, query: &Fields, has_more_groups: bool) -> Markup {
                     }
                 }
             } @else {
-                @for group in &view.groups { (group_head(group)) }
+                @for group in &view.groups { (group_head(visitor, group)) }
             }
             section aria-labelledby="dead-letters" {
                 div.heading {
                     h2 #dead-letters { "Dead letters" }
                     (bulk_links(query, &selected))
                 }
-                (list(&view.dead_letters))
+                @if query.is_set("closed") { (list(&view.dead_letters)) }
+                @else { (selectable(&view.dead_letters)) }
                 (pages(view, query))
             }
             p.caption { "The same in a terminal" }
@@ -223,7 +238,7 @@ fn filters(query: &Fields) -> Markup {
 }
 
 fn groups(groups: &[DeadLetterGroup]) -> Markup {
-    let heads = ["#Number", "Failure", "Worker", "First", "Last"];
+    let heads = ["#Number", "Failure", "Worker", "Owner", "First", "Last"];
     let rows = html! {
         @for found in groups {
             @let link = match &found.group {
@@ -246,8 +261,16 @@ fn groups(groups: &[DeadLetterGroup]) -> Markup {
                         },
                         None => a.shape href=(link) { "older than groups" },
                     }
+                    @if let Some(note) = found.note.as_ref().and_then(|note| note.note.as_deref()) {
+                        span.shape { "Note: " (cell(note)) }
+                    }
                 }
                 td { a href=(links::worker(&found.worker)) { (text(&found.worker)) } }
+                td {
+                    @if let Some(owner) = found.note.as_ref().and_then(|note| note.owner.as_deref()) {
+                        (cell(owner))
+                    }
+                }
                 td { (time(found.first_died_at)) }
                 td { (time(found.last_died_at)) }
             }
@@ -257,7 +280,7 @@ fn groups(groups: &[DeadLetterGroup]) -> Markup {
 }
 
 /// The failure that the listed dead letters share.
-fn group_head(found: &DeadLetterGroup) -> Markup {
+fn group_head(visitor: &Visitor, found: &DeadLetterGroup) -> Markup {
     html! {
         section.panel aria-label="Group" {
             @if let Some(group) = &found.group {
@@ -269,6 +292,9 @@ fn group_head(found: &DeadLetterGroup) -> Markup {
                 (counted(found.dead_letters, "dead letter")) " of "
                 a href=(links::worker(&found.worker)) { (text(&found.worker)) }
                 " · first " (time(found.first_died_at)) " · last " (time(found.last_died_at))
+            }
+            @if let Some(group) = &found.group {
+                (group_note::show(visitor, &group.id, found.note.as_ref()))
             }
         }
     }
@@ -327,20 +353,48 @@ fn bulk_links(query: &Fields, selected: &Fields) -> Markup {
     }
 }
 
+/// The columns of a table of dead letters.
+const HEADS: [&str; 7] = [
+    "Id",
+    "State",
+    "Failure",
+    "Worker",
+    "Event",
+    "#Attempts",
+    "Died",
+];
+
 /// A table of dead letters.
 pub fn list(dead_letters: &[DeadLetterSummary]) -> Markup {
-    let heads = [
-        "Id",
-        "State",
-        "Failure",
-        "Worker",
-        "Event",
-        "#Attempts",
-        "Died",
-    ];
-    let rows = html! {
+    table("Dead letters", &HEADS, rows(dead_letters, false))
+}
+
+/// A table of dead letters, some of which can be selected for a redrive.
+fn selectable(dead_letters: &[DeadLetterSummary]) -> Markup {
+    let mut heads = vec!["Select"];
+    heads.extend(HEADS);
+    html! {
+        form action="/failures/redrive" method="get" {
+            // Without it, an empty selection would look like one without a filter.
+            input type="hidden" name="selected" value="1";
+            (table("Dead letters", &heads, rows(dead_letters, true)))
+            div.submit { button.quiet type="submit" { "Redrive the selected ones…" } }
+        }
+    }
+}
+
+fn rows(dead_letters: &[DeadLetterSummary], is_selectable: bool) -> Markup {
+    html! {
         @for one in dead_letters {
             tr {
+                @if is_selectable {
+                    td.select {
+                        @if one.state == DeadLetterState::Open {
+                            input type="checkbox" name="id" value=(one.id)
+                                aria-label=(format!("Select dead letter {}", one.id));
+                        }
+                    }
+                }
                 th scope="row" { a href=(links::dead_letter(one.id)) { (one.id) } }
                 td { (state(one.state)) }
                 td.failure {
@@ -356,8 +410,7 @@ pub fn list(dead_letters: &[DeadLetterSummary]) -> Markup {
                 td { (time(one.died_at)) }
             }
         }
-    };
-    table("Dead letters", &heads, rows)
+    }
 }
 
 fn pages(view: &Failures, query: &Fields) -> Markup {
@@ -397,6 +450,10 @@ mod tests {
             options(&query),
             " --worker a --code 'it'\\''s' --subject 'orders.>'"
         );
+        let chosen = Fields::parse(b"id=3&worker=a&id=x&id=4");
+        assert_eq!(filter(&chosen).unwrap().ids, [3, 4]);
+        assert_eq!(selection(&chosen).query(), "?worker=a&id=3&id=4");
+        assert_eq!(options(&selection(&chosen)), " 3 4");
         assert!(filter(&Fields::parse(b"since=noon")).is_err());
         assert_eq!(filter(&query).unwrap().below, Some(7));
     }

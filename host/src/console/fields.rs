@@ -28,6 +28,19 @@ impl Fields {
         found.map(|(_, value)| value.as_str())
     }
 
+    /// The values of a field that may repeat, in order.
+    pub fn all<'f>(&'f self, name: &'f str) -> impl Iterator<Item = &'f str> {
+        let fields = self.0.iter().filter(move |(field, _)| field == name);
+        fields.map(|(_, value)| value.trim())
+    }
+
+    /// All names and values, in order.
+    pub fn pairs(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
     /// Like [`Fields::get`], owned.
     pub fn text(&self, name: &str) -> Option<String> {
         self.get(name).map(str::to_owned)
@@ -86,6 +99,8 @@ mod tests {
         assert_eq!(fields.get("worker"), Some("a&b"));
         assert_eq!(fields.get("note"), Some("x"));
         assert_eq!((fields.get("empty"), fields.get("none")), (None, None));
+        let ids = Fields::parse(b"id=1&x=y&id=2");
+        assert_eq!(ids.all("id").collect::<Vec<_>>(), ["1", "2"]);
         assert_eq!(fields.raw("body"), Some("\r\n"));
         let next = Fields::parse(b"a=1&b=2")
             .with("b", None)

@@ -34,6 +34,16 @@ pub fn group(id: &str) -> String {
     format!("/failures?group={}", encoded(id))
 }
 
+/// The page of a redrive job.
+pub fn job(id: i64) -> String {
+    format!("/jobs/{id}")
+}
+
+/// The page of an audit.
+pub fn audit(id: i64) -> String {
+    format!("/books/{id}")
+}
+
 /// The failures of a worker.
 pub fn failures_of(worker: &str) -> String {
     format!("/failures?worker={}", encoded(worker))

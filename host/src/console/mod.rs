@@ -16,6 +16,7 @@ use crate::api::{Authenticator, Caller};
 use crate::runtime::Host;
 
 mod activity;
+mod books;
 mod bulk;
 mod chart;
 mod dead_letter;
@@ -24,9 +25,11 @@ mod edit;
 mod event;
 mod failures;
 mod fields;
+mod group_note;
 mod guard;
 mod hosts;
 mod identity;
+mod jobs;
 mod links;
 mod login;
 mod now;
@@ -34,6 +37,7 @@ mod outputs;
 mod page;
 mod parts;
 mod pausing;
+mod plan;
 mod problem;
 mod requests;
 mod search;
@@ -80,7 +84,13 @@ pub fn router(console: Arc<Console>) -> Router {
         .route("/logout", post(login::log_out))
         .route("/search", get(search::search))
         .route("/failures", get(failures::failures))
+        .route("/failures/redrive", get(plan::show).post(plan::start))
         .route("/failures/{action}", get(bulk::confirm).post(bulk::act))
+        .route("/groups/{group}/note", post(group_note::save))
+        .route("/jobs", get(jobs::list))
+        .route("/jobs/{id}", get(jobs::show))
+        .route("/jobs/{id}/change", post(jobs::change))
+        .route("/jobs/{id}/verify", get(jobs::verify))
         .route("/dead-letters/{id}", get(dead_letter::show))
         .route("/dead-letters/{id}/body", get(dead_letter::download))
         .route("/dead-letters/{id}/dry-run", get(dry_run::show))
@@ -114,6 +124,8 @@ pub fn router(console: Arc<Console>) -> Router {
         .route("/streams", get(streams::list))
         .route("/hosts", get(hosts::list))
         .route("/requests", get(requests::find))
+        .route("/books", get(books::list).post(books::start))
+        .route("/books/{id}", get(books::show))
         .route("/activity", get(activity::list))
         .route(page::STYLESHEET, get(page::stylesheet))
         .route(page::ICON, get(page::icon))

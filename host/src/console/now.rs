@@ -19,6 +19,9 @@ use crate::model::breaker;
 use crate::runtime::{RunState, WorkerState};
 use crate::store::{DeadLetterDepth, HistoryPoint, OutboxLag};
 
+/// How many conditions the page shows.
+const NEEDS_SHOWN: usize = 50;
+
 /// The state of the installation, as this host sees it.
 #[derive(Debug, Serialize)]
 struct Now {
@@ -209,7 +212,11 @@ fn show(now: &Now) -> Markup {
                 p.empty.good { "Nothing needs a person." }
             } @else {
                 ul.needs {
-                    @for need in &now.needs { (show_need(need)) }
+                    @for need in now.needs.iter().take(NEEDS_SHOWN) { (show_need(need)) }
+                }
+                @if now.needs.len() > NEEDS_SHOWN {
+                    p.caption { "The first " (NEEDS_SHOWN) " of " (now.needs.len()) ". The others in a terminal" }
+                    (command("oncely status"))
                 }
             }
         }

@@ -1,6 +1,8 @@
 //! Outputs that are not published: parked ones first, with their reasons, and the decision on them.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Path, Query, State};
@@ -9,32 +11,41 @@ use serde::Serialize;
 
 use super::dead_letter::{attachment, decoded, headers};
 use super::event::output_state;
+use super::failures::quoted;
 use super::fields::Fields;
 use super::links;
 use super::page::Section;
 use super::parts::{
-    Tone, badge, body, cell, command, count, counted, details, full_time, table, text, time,
+    Tone, age, badge, body, cell, command, count, counted, details, full_time, table, text, time,
 };
 use super::visitor::{Answer, Visitor};
 use super::{Console, host};
 use crate::api::outbox::{self, Output, ParkedOutputsRequest};
 use crate::model::breaker;
+use crate::model::subject;
 use crate::model::units;
-use crate::relay::{BreakerState, RefusedSubject};
+use crate::relay::{RefusedSubject, RelayReport};
 use crate::store::{OutputFilter, OutputSummary, RelayMode, WalState};
 
 /// The most outputs of a list.
 const SHOWN_MAX: u32 = 100;
 
-/// The outputs of a filter, and the state of the relay of this host.
+/// How old the listing of the server's streams may be.
+const STREAMS_AGE: Duration = Duration::from_secs(5);
+
+/// The outputs of a filter, and the state of the relay.
 #[derive(Debug, Serialize)]
 struct View {
     filter: OutputFilter,
     outputs: Vec<OutputSummary>,
-    breakers: Vec<BreakerState>,
+    /// The streams that workers publish to.
+    streams: BTreeSet<String>,
+    /// Of this host.
     refused_subjects: Vec<RefusedSubject>,
     /// None where polling is the only relay mode.
     wal: Option<WalState>,
+    /// The relays of all live hosts, by host.
+    relays: Vec<(String, RelayReport)>,
 }
 
 pub async fn list(State(console): State<Arc<Console>>, visitor: Visitor) -> Answer {
@@ -42,38 +53,76 @@ pub async fn list(State(console): State<Arc<Console>>, visitor: Visitor) -> Answ
         worker: visitor.query.text("worker"),
         unpublished: visitor.query.is_set("unpublished"),
         dropped: visitor.query.is_set("dropped"),
+        stream: visitor.query.text("stream"),
         limit: SHOWN_MAX,
+        ..OutputFilter::default()
     };
     let Json(outputs) = outbox::list(host(&console), Query(filter.clone())).await?;
     let relay = &console.host.services.relay_state;
+    let reports = console.host.reports().await?;
     let view = View {
         filter,
         outputs,
-        breakers: relay.breakers(),
+        streams: output_streams(&console).await,
         refused_subjects: relay.refused_subjects(),
         wal: relay.wal(),
+        relays: reports
+            .into_iter()
+            .map(|report| (report.host, report.relay))
+            .collect(),
     };
-    visitor.answer(Section::Outputs, "Outputs", &view, page)
+    visitor.answer(Section::Outputs, "Outputs", &view, |view| {
+        page(view, &visitor.query)
+    })
 }
 
-fn page(view: &View) -> Markup {
-    let filter = &view.filter;
-    let (kind, option) = match (filter.dropped, filter.unpublished) {
-        (true, _) => ("dropped", " --dropped"),
-        (_, true) => ("unpublished", " --unpublished"),
-        _ => ("parked", ""),
+/// The streams that deployed workers publish to. None while NATS does not answer: outputs are
+/// shown all the same.
+async fn output_streams(console: &Console) -> BTreeSet<String> {
+    let services = &console.host.services;
+    let (Ok(workers), Ok(known)) = (
+        services.deployed_workers().await,
+        services.bus.streams(STREAMS_AGE).await,
+    ) else {
+        return BTreeSet::new();
     };
-    let tab = |path: &'static str, name: &'static str| {
-        html! { a href=(path) aria-current=[(kind == name).then_some("page")] { (name) } }
+    let takes = |subjects: &[String], output: &String| {
+        let mut patterns = subjects.iter();
+        patterns.any(|pattern| subject::matches(pattern, output))
+    };
+    let outputs: Vec<&String> = workers.iter().flat_map(|worker| &worker.outputs).collect();
+    let filled = known
+        .iter()
+        .filter(|stream| outputs.iter().any(|output| takes(&stream.subjects, output)));
+    filled.map(|stream| stream.name.clone()).collect()
+}
+
+fn page(view: &View, query: &Fields) -> Markup {
+    let filter = &view.filter;
+    let (kind, mut option) = match (filter.dropped, filter.unpublished) {
+        (true, _) => ("dropped", " --dropped".to_owned()),
+        (_, true) => ("unpublished", " --unpublished".to_owned()),
+        _ => ("parked", String::new()),
+    };
+    if let Some(stream) = &filter.stream {
+        option.push_str(&format!(" --stream {}", quoted(stream)));
+    }
+    // A tab keeps the other parts of the filter.
+    let others = query.with("unpublished", None).with("dropped", None);
+    let tab = |name: &'static str| {
+        let fields = match name {
+            "parked" => others.clone(),
+            name => others.with(name, Some("1")),
+        };
+        html! {
+            a href={ "/outputs" (fields.query()) } aria-current=[(kind == name).then_some("page")] { (name) }
+        }
     };
     html! {
         h1 { "Outputs" }
         (relay(view))
-        nav.tabs aria-label="Kind of outputs" {
-            (tab("/outputs", "parked"))
-            (tab("/outputs?unpublished=1", "unpublished"))
-            (tab("/outputs?dropped=1", "dropped"))
-        }
+        nav.tabs aria-label="Kind of outputs" { (tab("parked")) (tab("unpublished")) (tab("dropped")) }
+        (filters(view, kind))
         @if view.outputs.is_empty() {
             p.empty.good { "No output is " (kind) "." }
         } @else {
@@ -85,7 +134,36 @@ fn page(view: &View) -> Markup {
             }
         }
         p.caption { "The same in a terminal" }
-        (command(&(String::from("oncely outbox list") + option)))
+        (command(&(String::from("oncely outbox list") + &option)))
+    }
+}
+
+fn filters(view: &View, kind: &str) -> Markup {
+    let filter = &view.filter;
+    let chosen = filter.stream.as_deref();
+    // A stream without a worker may still have outputs.
+    let other = chosen.filter(|chosen| !view.streams.contains(*chosen));
+    html! {
+        form.filters action="/outputs" method="get" aria-label="Filter" {
+            @if kind != "parked" { input type="hidden" name=(kind) value="1"; }
+            div {
+                label for="stream" { "Stream" }
+                select #stream name="stream" {
+                    option value="" { "all" }
+                    @for name in view.streams.iter().map(String::as_str).chain(other) {
+                        option selected[chosen == Some(name)] { (name) }
+                    }
+                }
+            }
+            div {
+                label for="worker" { "Worker" }
+                input #worker name="worker" value=[filter.worker.as_deref()] autocomplete="off" spellcheck="false";
+            }
+            div.submit {
+                button type="submit" { "Filter" }
+                @if chosen.is_some() || filter.worker.is_some() { a href="/outputs" { "Clear" } }
+            }
+        }
     }
 }
 
@@ -105,36 +183,78 @@ fn row(output: &OutputSummary) -> Markup {
     }
 }
 
-/// The breakers and the mode of the relay.
+/// The relays of all hosts, and the relay mode.
 fn relay(view: &View) -> Markup {
-    let open: Vec<_> = view
-        .breakers
-        .iter()
-        .filter(|breaker| breaker.state != breaker::State::Closed)
-        .collect();
+    let is_open = |(_, relay): &(String, RelayReport)| !relay.breakers.is_empty();
+    let is_blocked = view.relays.iter().any(is_open) || !view.refused_subjects.is_empty();
     html! {
         section.panel aria-label="Relay" {
             p.lead {
-                @if open.is_empty() && view.refused_subjects.is_empty() {
-                    (badge(Tone::Good, "publishing")) " All streams take outputs."
-                } @else {
-                    (badge(Tone::Bad, "blocked")) " Some outputs do not reach their stream."
+                @if is_blocked { (badge(Tone::Bad, "blocked")) " Some outputs do not reach their stream." }
+                @else { (badge(Tone::Good, "publishing")) " All streams take outputs." }
+            }
+            @if !view.refused_subjects.is_empty() {
+                ul {
+                    @for refused in &view.refused_subjects {
+                        li { "subject " (text(&refused.subject)) ": " (text(&refused.error)) " (this host)" }
+                    }
                 }
             }
-            ul {
-                @for breaker in open { li { "stream " (text(&breaker.stream)) ": " (text(&breaker.error)) } }
-                @for refused in &view.refused_subjects {
-                    li { "subject " (text(&refused.subject)) ": " (text(&refused.error)) }
+            (details(mode(view.wal.as_ref())))
+        }
+        (relay_table(&view.relays))
+    }
+}
+
+fn relay_table(relays: &[(String, RelayReport)]) -> Markup {
+    let rows = html! {
+        @for (host, relay) in relays {
+            tr {
+                th scope="row" {
+                    (text(host))
+                    @if relay.reads_wal { " " (badge(Tone::Calm, "reads the WAL")) }
+                }
+                td.wrap {
+                    @if relay.breakers.is_empty() { (badge(Tone::Good, "all closed")) }
+                    @for breaker in &relay.breakers {
+                        div {
+                            (badge(Tone::Bad, breaker_state(breaker.state))) " "
+                            (text(&breaker.stream)) ": " (cell(&breaker.error))
+                        }
+                    }
+                }
+                td.wrap {
+                    @if relay.repairs.is_empty() { "none since its start" }
+                    @for repair in &relay.repairs {
+                        div {
+                            (text(&repair.stream)) ": " (counted(repair.outputs, "lost output"))
+                            " published again " (time(repair.at))
+                        }
+                    }
                 }
             }
-            p.caption { (mode(view.wal.as_ref())) }
+        }
+    };
+    html! {
+        section aria-labelledby="relays" {
+            h2 #relays { "Relays of the hosts" }
+            (table("Relays of the hosts", &["Host", "Breakers", "Repairs of streams"], rows))
         }
     }
 }
 
-fn mode(wal: Option<&WalState>) -> String {
+fn breaker_state(state: breaker::State) -> &'static str {
+    match state {
+        breaker::State::Closed => "closed",
+        breaker::State::HalfOpen => "half-open",
+        breaker::State::Open => "open",
+    }
+}
+
+/// The relay mode, and the lag of the replication slot.
+fn mode(wal: Option<&WalState>) -> Vec<(&'static str, Markup)> {
     let Some(wal) = wal else {
-        return "Relay mode: poll".to_owned();
+        return vec![("Relay mode", html! { "poll" })];
     };
     let mode = match wal.mode {
         RelayMode::Poll => "poll",
@@ -142,16 +262,31 @@ fn mode(wal: Option<&WalState>) -> String {
         RelayMode::Wal => "WAL",
         RelayMode::Leaving => "WAL, switching to poll",
     };
-    let reason = wal.fallback_reason.as_ref().map(|why| format!(" ({why})"));
-    let slot = wal.slot.as_ref().map(|slot| {
+    let mut pairs = vec![("Relay mode", html! { (mode) })];
+    if let Some(reason) = &wal.fallback_reason {
+        pairs.push(("Left WAL mode because", text(reason)));
+    }
+    if wal.mode != RelayMode::Poll {
+        pairs.push((
+            "Lag behind the commits",
+            html! { (age(wal.lag.as_millis() as u64)) },
+        ));
+    }
+    if let Some(slot) = &wal.slot {
+        let reader = match (slot.lost, slot.active) {
+            (true, _) => badge(Tone::Bad, "lost"),
+            (false, true) => badge(Tone::Good, "read by a host"),
+            (false, false) => badge(Tone::Warn, "not read"),
+        };
+        pairs.push(("Replication slot", reader));
         let retained = units::format_size(slot.retained);
-        format!("; the slot retains {retained} of WAL")
-    });
-    format!(
-        "Relay mode: {mode}{}{}",
-        reason.unwrap_or_default(),
-        slot.unwrap_or_default()
-    )
+        let most = units::format_size(slot.retained_max);
+        pairs.push((
+            "WAL retained for the slot",
+            html! { (retained) " of at most " (most) },
+        ));
+    }
+    pairs
 }
 
 pub async fn show(

@@ -37,11 +37,12 @@ pub enum Section {
     Streams,
     Hosts,
     Requests,
+    Books,
     Activity,
 }
 
 impl Section {
-    const ALL: [Section; 8] = [
+    const ALL: [Section; 9] = [
         Section::Now,
         Section::Failures,
         Section::Workers,
@@ -49,6 +50,7 @@ impl Section {
         Section::Streams,
         Section::Hosts,
         Section::Requests,
+        Section::Books,
         Section::Activity,
     ];
 
@@ -61,6 +63,7 @@ impl Section {
             Section::Streams => ("/streams", "Streams"),
             Section::Hosts => ("/hosts", "Hosts"),
             Section::Requests => ("/requests", "Requests"),
+            Section::Books => ("/books", "Books"),
             Section::Activity => ("/activity", "Activity"),
         }
     }

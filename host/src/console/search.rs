@@ -2,20 +2,18 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Redirect};
 use maud::html;
 use serde::Serialize;
 
-use super::failures::list;
+use super::Console;
+use super::failures::{PAGES_READ_MAX, list};
 use super::links;
 use super::page::Section;
 use super::parts::text;
 use super::visitor::{Answer, Visitor};
-use super::{Console, host};
-use crate::api::dead_letters;
-use crate::store::{DeadLetterFilter, DeadLetterSummary};
+use crate::store::{DeadLetterFilter, DeadLetterSummary, dead_letters_within};
 
 /// How many dead letters of a subject are listed.
 const SHOWN_MAX: u32 = 50;
@@ -51,7 +49,7 @@ pub async fn search(State(console): State<Arc<Console>>, visitor: Visitor) -> An
         limit: SHOWN_MAX,
         ..DeadLetterFilter::default()
     };
-    let Json(dead_letters) = dead_letters::find(host(&console), Json(filter)).await?;
+    let (dead_letters, _) = dead_letters_within(store, &filter, PAGES_READ_MAX).await?;
     let found = Found {
         dead_letter,
         events: store.workers_with_event(&query).await?,

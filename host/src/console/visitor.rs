@@ -144,6 +144,14 @@ impl Visitor {
         self.actor.as_deref().unwrap_or(&self.caller.actor.name)
     }
 
+    /// The name of this session, for actions whose form asks for none.
+    pub fn stated(&self) -> StatedBy {
+        StatedBy {
+            actor: self.actor.clone(),
+            note: None,
+        }
+    }
+
     /// The name and the note of a form. Later forms of the session propose the same name.
     pub fn attribution(&mut self, fields: &Fields) -> StatedBy {
         if let Some(actor) = fields.text("actor") {

@@ -4,24 +4,39 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Path, State};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use maud::{Markup, html};
 use serde::Serialize;
 
-use super::chart;
+use super::chart::{self, Mark};
 use super::fields::Fields;
 use super::links;
 use super::now::run_state;
 use super::page::Section;
-use super::parts::{Tone, age, badge, cell, command, count, details, full_time, table, text, time};
+use super::parts::{
+    Tone, age, badge, cell, command, count, counted, details, full_time, table, text, time,
+};
 use super::problem::Problem;
 use super::visitor::{Answer, Visitor};
 use super::{Console, host};
 use crate::api::{self, Deployment, RetireRequest, RollbackRequest, WorkerOnHost};
 use crate::config::manifest::Worker;
+use crate::consumer::HeldKey;
 use crate::model::units;
 use crate::runtime::{RunState, WorkerState};
-use crate::store::{DeadLetterDepth, HISTORY_BUCKETS, HistoryPoint, OutboxLag, OutputFilter};
+use crate::store::{
+    ActivityFilter, DeadLetterDepth, HISTORY_BUCKETS, HistoryPoint, LastAttempt, OutboxLag,
+    OutputFilter,
+};
+
+/// The time of the charts.
+const WEEK: SignedDuration = SignedDuration::from_hours(7 * 24);
+
+/// The most deployments and rollbacks that a chart marks.
+const MARKS_MAX: usize = 30;
+
+/// The most versions that a page lists.
+const VERSIONS_MAX: u32 = 50;
 
 /// One worker.
 #[derive(Debug, Serialize)]
@@ -38,6 +53,10 @@ struct View {
     outbox: Option<OutboxLag>,
     /// Seven days, by the hour.
     history: Vec<HistoryPoint>,
+    /// The deployments and rollbacks of these days, newest first.
+    marks: Vec<Mark>,
+    /// The last failed attempts of the events that hold a key.
+    held: Vec<LastAttempt>,
 }
 
 impl View {
@@ -105,20 +124,25 @@ pub async fn show(
 }
 
 async fn find(console: &Console, worker: String) -> Result<View, Problem> {
-    let Json(deployments) = api::deployments(host(console), Path(worker.clone())).await?;
+    let deployments = api::last_deployments(&console.host, &worker, VERSIONS_MAX + 1).await?;
     let Json(hosts) = api::hosts(host(console), Path(worker.clone())).await?;
     let store = &console.host.services.store;
-    let records = store.deployments(&worker).await?;
-    let active = deployments.iter().find(|one| one.active);
-    let shown = records
-        .iter()
-        .find(|record| active.is_some_and(|active| active.version == record.version))
-        .or(records.first());
+    let active = store.active_deployments().await?;
+    let active = active.into_iter().find(|record| record.worker == worker);
+    let shown = match active {
+        Some(active) => Some(active),
+        None => store.last_deployments(&worker, 1).await?.pop(),
+    };
     let manifest = shown.and_then(|record| serde_json::from_str(&record.manifest).ok());
     let states = console.host.workers_with_backlog().await;
     let depths = store.dead_letter_depths().await?;
     let lags = store.outbox_lag().await?;
+    let held: Vec<String> = held_keys(&hosts)
+        .map(|(_, held)| held.event_id.clone())
+        .collect();
     Ok(View {
+        marks: marks(console, &worker, &deployments).await?,
+        held: store.last_attempts(&worker, &held).await?,
         state: states.into_iter().find(|state| state.worker == worker),
         dead_letters: depths.into_iter().find(|depth| depth.worker == worker),
         history: store
@@ -129,6 +153,50 @@ async fn find(console: &Console, worker: String) -> Result<View, Problem> {
         hosts,
         manifest,
         worker,
+    })
+}
+
+/// When versions were activated in the last seven days: all deployments, and rollbacks by name.
+async fn marks(
+    console: &Console,
+    worker: &str,
+    deployments: &[Deployment],
+) -> Result<Vec<Mark>, Problem> {
+    let since = Timestamp::now() - WEEK;
+    let filter = ActivityFilter {
+        worker: Some(worker.to_owned()),
+        verb: Some("rollback".to_owned()),
+        since: Some(since),
+        limit: MARKS_MAX as u32,
+        ..ActivityFilter::default()
+    };
+    let rollbacks = console.host.services.store.activities(&filter).await?;
+    let rollbacks = rollbacks.iter().filter_map(|activity| {
+        let version = activity.result.as_ref()?.get("version")?.as_u64()?;
+        Some(Mark {
+            at: activity.ended_at.unwrap_or(activity.at),
+            version: u32::try_from(version).ok()?,
+            is_rollback: true,
+        })
+    });
+    let deployed = deployments.iter().filter(|one| one.created_at >= since);
+    let deployed = deployed.map(|one| Mark {
+        at: one.created_at,
+        version: one.version,
+        is_rollback: false,
+    });
+    let mut marks: Vec<Mark> = deployed.chain(rollbacks).collect();
+    marks.sort_by_key(|mark| std::cmp::Reverse(mark.at));
+    marks.truncate(MARKS_MAX);
+    Ok(marks)
+}
+
+/// The held keys of all hosts, each with its host.
+fn held_keys(hosts: &[WorkerOnHost]) -> impl Iterator<Item = (&str, &HeldKey)> {
+    hosts.iter().flat_map(|on| {
+        let lanes = on.status.as_ref().and_then(|status| status.lanes.as_ref());
+        let keys = lanes.into_iter().flat_map(|lanes| &lanes.held_keys);
+        keys.map(|held| (on.host.as_str(), held))
     })
 }
 
@@ -171,9 +239,10 @@ fn page(visitor: &Visitor, view: &View) -> Markup {
             }
         }
         (figures(view))
-        (chart::week(&view.history, Timestamp::now()))
-        (versions(view))
+        (chart::week(&view.history, &view.marks, Timestamp::now()))
         (hosts_table(view))
+        (held_table(view))
+        (versions(view))
         @if let Some(manifest) = &view.manifest { (grants(manifest)) (manifest_text(manifest)) }
         p.caption { "The same in a terminal" }
         (command(&format!("oncely workers {name}")))
@@ -208,7 +277,7 @@ fn figures(view: &View) -> Markup {
 fn versions(view: &View) -> Markup {
     let active = view.active().map(|one| one.version);
     let rows = html! {
-        @for one in &view.deployments {
+        @for one in view.deployments.iter().take(VERSIONS_MAX as usize) {
             tr {
                 th scope="row" { (one.version) }
                 td { @if one.active { (badge(Tone::Good, "active")) } }
@@ -232,11 +301,15 @@ fn versions(view: &View) -> Markup {
         section aria-labelledby="versions" {
             h2 #versions { "Versions" }
             (table("Versions", &["Version", "State", "Deployed", "Component", "Action"], rows))
+            @if view.deployments.len() > VERSIONS_MAX as usize {
+                p.caption { "The newest " (VERSIONS_MAX) " are shown." }
+            }
         }
     }
 }
 
 fn hosts_table(view: &View) -> Markup {
+    let number = |number: usize| html! { td.number { (count(number as u64)) } };
     let rows = html! {
         @for on in &view.hosts {
             tr {
@@ -245,17 +318,80 @@ fn hosts_table(view: &View) -> Markup {
                     Some(status) => {
                         td { (run_state(status.state)) }
                         td { @if let Some(version) = status.version { (version) } }
+                        (number(status.in_flight))
+                        @match &status.lanes {
+                            Some(lanes) => {
+                                td.number {
+                                    (count(lanes.busy as u64)) " of " (count(lanes.limit as u64))
+                                    @if lanes.limit < lanes.lanes {
+                                        br; span.muted { "of " (lanes.lanes) " after conflicts" }
+                                    }
+                                }
+                                (number(lanes.held))
+                            },
+                            None => { td.number { "–" } td.number { "–" } },
+                        }
                         td.wrap { (text(status.error.as_deref().unwrap_or_default())) }
                     },
-                    None => { td { (badge(Tone::Calm, "not started")) } td {} td {} },
+                    None => {
+                        td { (badge(Tone::Calm, "not started")) } td {} td {} td {} td {} td {}
+                    },
                 }
             }
         }
     };
+    let heads = [
+        "Host",
+        "State",
+        "Version",
+        "#In flight",
+        "#Busy lanes",
+        "#Held keys",
+        "Error",
+    ];
     html! {
         section aria-labelledby="hosts" {
             h2 #hosts { "Hosts" }
-            (table("Hosts", &["Host", "State", "Version", "Error"], rows))
+            (table("Hosts", &heads, rows))
+            p.caption { "Each host reports its lanes once a second." }
+        }
+    }
+}
+
+/// The keys whose messages wait for an earlier one that failed.
+fn held_table(view: &View) -> Markup {
+    let keys: Vec<(&str, &HeldKey)> = held_keys(&view.hosts).collect();
+    if keys.is_empty() {
+        return html! {};
+    }
+    let number = |on: &WorkerOnHost| {
+        let lanes = on.status.as_ref().and_then(|status| status.lanes.as_ref());
+        lanes.map_or(0, |lanes| lanes.held)
+    };
+    let all: usize = view.hosts.iter().map(number).sum();
+    let rows = html! {
+        @for (host, held) in &keys {
+            @let last = view.held.iter().find(|last| last.event_id == held.event_id);
+            tr {
+                th scope="row" { (cell(&held.key)) }
+                td { (time(held.since)) }
+                td.failure {
+                    a href=(links::event(&view.worker, &held.event_id)) { (cell(&held.event_id)) }
+                    " failed " (counted(held.attempt.into(), "time"))
+                    @if let Some(last) = last { span.shape { (cell(&last.error)) } }
+                }
+                td { (time(held.due)) }
+                td { (text(host)) }
+            }
+        }
+    };
+    html! {
+        section aria-labelledby="held" {
+            h2 #held { "Held keys" }
+            (table("Held keys", &["Key", "Since", "Because", "Next attempt", "Host"], rows))
+            @if all > keys.len() {
+                p.caption { "Each host reports the 10 that are held longest. All hosts hold " (count(all as u64)) "." }
+            }
         }
     }
 }
@@ -389,8 +525,8 @@ pub async fn confirm_retire(
     let waiting = OutputFilter {
         worker: Some(name.clone()),
         unpublished: true,
-        dropped: false,
         limit: 1,
+        ..OutputFilter::default()
     };
     let has_outputs = !console
         .host

@@ -7,6 +7,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 
 use super::WorkerCounters;
+use super::held_keys::HeldKeys;
 use super::in_flight::InFlightGuard;
 use super::queue::{Queue, Sequenced};
 use crate::bus::Receipt;
@@ -51,11 +52,13 @@ pub struct PendingMessage {
 }
 
 /// A lane of a worker.
-pub struct Lane {
+pub(super) struct Lane {
     pub delivery: Delivery,
     pub relay: RelayHandle,
     /// Shared by all lanes of a worker.
     pub concurrency_limit: Arc<ConcurrencyLimit>,
+    /// Shared by all lanes of a worker.
+    pub held_keys: HeldKeys,
     pub counters: Arc<WorkerCounters>,
     pub stopping: Stopping,
 }
@@ -279,13 +282,23 @@ impl Lane {
                 verdict = verdict.as_str(),
                 "message handled"
             );
+            if verdict.is_final()
+                && let Some(key) = &pending_message.key
+            {
+                self.held_keys
+                    .release(key, &pending_message.message.event_id);
+            }
             match verdict {
                 Verdict::Done(proof) => acknowledge(pending_message, proof).await,
                 Verdict::Duplicate(proof) => {
                     fault::witness(fault::DUPLICATE_SKIPPED);
                     acknowledge(pending_message, proof).await;
                 }
-                Verdict::Retry { after, .. } if self.blocks_key(&pending_message) => {
+                Verdict::Retry { attempt, after } if self.blocks_key(&pending_message) => {
+                    if let Some(key) = &pending_message.key {
+                        let event_id = &pending_message.message.event_id;
+                        self.held_keys.hold(key, event_id, attempt, after);
+                    }
                     queue.hold(pending_message, Instant::now() + after)
                 }
                 Verdict::Retry { after, .. } | Verdict::Wait { after } => {

@@ -22,6 +22,7 @@ use crate::model::verdict::Verdict;
 use crate::relay::RelayHandle;
 use crate::store::Store;
 
+mod held_keys;
 mod in_flight;
 mod lane;
 mod paused;
@@ -29,6 +30,8 @@ mod queue;
 mod redelivery;
 mod redrive;
 
+pub use held_keys::HeldKey;
+use held_keys::HeldKeys;
 use in_flight::InFlightMessages;
 pub use lane::VERDICT_LOG;
 use lane::{Lane, PendingMessage, nack_all};
@@ -67,6 +70,21 @@ impl WorkerCounters {
     }
 }
 
+/// The lanes of a worker in a host, for its report.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct LaneReport {
+    /// The lanes of the manifest.
+    pub lanes: usize,
+    /// How many of them may run a transaction at the same time: fewer after conflicts.
+    pub limit: usize,
+    /// How many of them do.
+    pub busy: usize,
+    /// How many keys are held.
+    pub held: usize,
+    /// The keys that are held for the longest time, at most 10.
+    pub held_keys: Vec<HeldKey>,
+}
+
 /// A worker that runs in this host.
 pub struct RunningWorker {
     pub worker: Arc<Worker>,
@@ -76,6 +94,8 @@ pub struct RunningWorker {
     delivery: Delivery,
     probe: Probe,
     in_flight: InFlightMessages,
+    concurrency_limit: Arc<ConcurrencyLimit>,
+    held_keys: HeldKeys,
     is_subscribed: Arc<AtomicBool>,
     stop: Stop,
     pulling: JoinHandle<()>,
@@ -135,6 +155,8 @@ impl RunningWorker {
         // Start the lanes and pull.
         let lanes = Lanes::start(&delivery, &relay, &counters, &stop);
         let in_flight = lanes.in_flight.clone();
+        let concurrency_limit = Arc::clone(&lanes.concurrency_limit);
+        let held_keys = lanes.held_keys.clone();
         let pulling = tokio::spawn(run(pull, redriven, lanes, barrier, stop.stopping()));
         Ok(RunningWorker {
             worker,
@@ -144,6 +166,8 @@ impl RunningWorker {
             delivery,
             probe,
             in_flight,
+            concurrency_limit,
+            held_keys,
             is_subscribed,
             stop,
             pulling,
@@ -163,6 +187,19 @@ impl RunningWorker {
     /// Number of messages that this host holds for the worker.
     pub fn in_flight(&self) -> usize {
         self.in_flight.len()
+    }
+
+    /// Its lanes, and the keys that they hold.
+    pub fn lanes(&self) -> LaneReport {
+        let (limit, busy) = self.concurrency_limit.usage();
+        let (held, held_keys) = self.held_keys.report();
+        LaneReport {
+            lanes: self.worker.concurrency as usize,
+            limit,
+            busy,
+            held,
+            held_keys,
+        }
     }
 
     /// Stops pulling and returns when the lanes have settled their messages.
@@ -320,6 +357,8 @@ struct Lanes {
     redrive_permits: Arc<Semaphore>,
     store: Arc<Store>,
     in_flight: InFlightMessages,
+    concurrency_limit: Arc<ConcurrencyLimit>,
+    held_keys: HeldKeys,
     ticker: JoinHandle<()>,
 }
 
@@ -335,6 +374,7 @@ impl Lanes {
         let mut senders = Vec::new();
         let mut tasks = Vec::new();
         let concurrency_limit = Arc::new(ConcurrencyLimit::new(worker.concurrency as usize));
+        let held_keys = HeldKeys::default();
         for _ in 0..worker.concurrency {
             // Capacity is counted over all lanes, so sending to one lane never blocks.
             let (sender, receiver) = mpsc::channel(capacity + redrive::CAPACITY);
@@ -342,6 +382,7 @@ impl Lanes {
                 delivery: delivery.clone(),
                 relay: relay.clone(),
                 concurrency_limit: Arc::clone(&concurrency_limit),
+                held_keys: held_keys.clone(),
                 counters: Arc::clone(counters),
                 stopping: stop.stopping(),
             };
@@ -367,6 +408,8 @@ impl Lanes {
             redrive_permits,
             store,
             in_flight,
+            concurrency_limit,
+            held_keys,
             ticker,
         }
     }

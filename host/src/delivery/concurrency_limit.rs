@@ -103,6 +103,16 @@ impl ConcurrencyLimit {
         }
     }
 
+    /// The current limit, and how many lanes deliver.
+    pub fn usage(&self) -> (usize, usize) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let issued = state.limit + state.excess;
+        (
+            state.limit,
+            issued.saturating_sub(self.permits.available_permits()),
+        )
+    }
+
     /// The current limit.
     #[cfg(test)]
     fn limit(&self) -> usize {
@@ -138,9 +148,11 @@ mod tests {
             permits.push(concurrency_limit.acquire().await);
         }
         assert!(concurrency_limit.acquire().now_or_never().is_none());
+        assert_eq!(concurrency_limit.usage(), (4, 4));
         concurrency_limit.record_conflicts(1);
-        assert_eq!(concurrency_limit.limit(), 2);
+        assert_eq!(concurrency_limit.usage(), (2, 4), "four still deliver");
         permits.truncate(2);
+        assert_eq!(concurrency_limit.usage(), (2, 2));
         assert!(
             concurrency_limit.acquire().now_or_never().is_none(),
             "a third lane delivers"

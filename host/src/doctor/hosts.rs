@@ -76,6 +76,7 @@ mod tests {
         let report = |host: &str, keep: &str| HostReport {
             host: host.to_owned(),
             workers: BTreeMap::new(),
+            relay: crate::relay::RelayReport::default(),
             settings: settings(keep),
         };
         let equal = judge_settings("this host", &settings("15m"), &[report("a:1", "15m")]);

@@ -10,7 +10,7 @@ use anyhow::{Result, anyhow};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::bus::{Bus, NO_SERVER_HINT, OtherInstallation};
+use crate::bus::{Bus, NO_SERVER_HINT, OtherInstallation, StreamFacts};
 use crate::config::manifest::Worker;
 use crate::config::{Database, GuestSql, HostConfig, RelayMode};
 use crate::consumer;
@@ -142,6 +142,29 @@ pub async fn examine(config: &HostConfig, running: Option<&Running>) -> Report {
         &database.reports,
     ));
     Report { findings }
+}
+
+/// Judges the streams of a running host: those of its workers, and the platform's own. Returns the
+/// facts of all streams as well.
+///
+/// # Errors
+/// NATS failed, or did not answer in time.
+pub async fn examine_streams(
+    config: &HostConfig,
+    bus: &Bus,
+    workers: &[Worker],
+) -> Result<(Vec<StreamFacts>, Vec<Finding>)> {
+    let facts = tokio::time::timeout(READ_TIMEOUT, bus.stream_facts()).await;
+    let streams =
+        facts.map_err(|_| anyhow!("JetStream does not answer within {READ_TIMEOUT:?}"))??;
+    let own: Vec<String> = own_streams().into_iter().map(|spec| spec.name).collect();
+    let deployed = Deployed {
+        streams: &streams,
+        workers,
+        own: &own,
+    };
+    let findings = nats::judge_streams(&deployed, &Retention::of(config));
+    Ok((streams, findings))
 }
 
 /// The finding of a check that failed with an error, with the error's own hint as the fix.

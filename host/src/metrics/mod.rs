@@ -2,20 +2,22 @@
 //! where such conventions exist; all others begin with `oncely_`. `docs/metrics.md` lists them; a
 //! test compares.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::metrics::MetricType;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::{Family, MetricConstructor};
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Metric, Registry, Unit};
 
 use crate::model::alarm;
 use crate::model::breaker;
+use crate::model::call_times;
 
 mod cache;
 pub mod health;
@@ -89,6 +91,36 @@ type Age = Gauge<f64, AtomicU64>;
 
 #[derive(Clone)]
 struct Buckets;
+
+/// The times of a worker's calls: the exposed histogram, and finer counts for the charts.
+#[derive(Debug, Clone)]
+struct CallTimes {
+    histogram: Histogram,
+    counts: Arc<[AtomicU64; call_times::BUCKETS]>,
+}
+
+impl MetricConstructor<CallTimes> for Buckets {
+    fn new_metric(&self) -> CallTimes {
+        CallTimes {
+            histogram: Histogram::new(BUCKETS),
+            counts: Arc::new([const { AtomicU64::new(0) }; call_times::BUCKETS]),
+        }
+    }
+}
+
+impl EncodeMetric for CallTimes {
+    fn encode(&self, encoder: MetricEncoder<'_>) -> std::fmt::Result {
+        self.histogram.encode(encoder)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        Histogram::TYPE
+    }
+}
+
+impl TypedMetric for CallTimes {
+    const TYPE: MetricType = Histogram::TYPE;
+}
 
 impl MetricConstructor<Histogram> for Buckets {
     fn new_metric(&self) -> Histogram {
@@ -167,7 +199,7 @@ pub struct Metrics {
     names: Vec<String>,
     consumed: Family<WorkerLabels, Counter>,
     sent: Family<WorkerLabels, Counter>,
-    process: Family<ProcessLabels, Histogram, Buckets>,
+    process: Family<ProcessLabels, CallTimes, Buckets>,
     messages: Family<VerdictLabels, Counter>,
     attempts_failed: Family<ClassLabels, Counter>,
     dead_letters: Family<ReasonLabels, Counter>,
@@ -484,13 +516,21 @@ impl Metrics {
 
     /// Records the time that one call spent in the handler.
     pub fn processed(&self, worker: &str, time: Duration) {
-        let labels = ProcessLabels {
-            messaging_system: "nats",
-            worker: worker.to_owned(),
+        let times = self.process.get_or_create(&process_labels(worker));
+        times.histogram.observe(time.as_secs_f64());
+        if let Some(count) = times.counts.get(call_times::bucket(time)) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The calls of a worker since the start of this host by their time, see [`call_times`]; empty
+    /// before its first call.
+    pub fn call_times(&self, worker: &str) -> Vec<u64> {
+        let Some(times) = self.process.get(&process_labels(worker)) else {
+            return Vec::new();
         };
-        self.process
-            .get_or_create(&labels)
-            .observe(time.as_secs_f64());
+        let counts = times.counts.iter();
+        counts.map(|count| count.load(Ordering::Relaxed)).collect()
     }
 
     /// Counts a delivery by its verdict.
@@ -703,6 +743,13 @@ impl Metrics {
         }
         self.unpublished_age_max
             .set(outboxes.iter().map(seconds).fold(0.0, f64::max));
+    }
+}
+
+fn process_labels(worker: &str) -> ProcessLabels {
+    ProcessLabels {
+        messaging_system: "nats",
+        worker: worker.to_owned(),
     }
 }
 

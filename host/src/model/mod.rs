@@ -4,6 +4,7 @@ pub mod alarm;
 pub mod base64_text;
 pub mod breaker;
 pub mod cache_writes;
+pub mod call_times;
 pub mod clock_reading;
 pub mod cloud_events;
 pub mod dead_letter;

@@ -36,6 +36,14 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    /// Whether the message is not delivered again.
+    pub fn is_final(&self) -> bool {
+        matches!(
+            self,
+            Verdict::Done(_) | Verdict::Duplicate(_) | Verdict::Dead(_)
+        )
+    }
+
     /// The name of the verdict in metrics and logs.
     pub fn as_str(&self) -> &'static str {
         match self {

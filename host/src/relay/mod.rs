@@ -47,7 +47,7 @@ pub use poller::DUPLICATE_WINDOW_MIN;
 use poller::OutputBatch;
 use recorder::Recorder;
 pub use repair::{Repair, is_lost};
-pub use state::{BreakerState, RefusedSubject, RelayState};
+pub use state::{BreakerState, RefusedSubject, RelayReport, RelayState};
 use subjects::{Refusal, SubjectBreakers};
 use trace::RunningPublish;
 pub use wal::{RelayModeController, WalChannels, WalRelay};

@@ -191,6 +191,7 @@ impl Repair {
         // A count of zero means that another host was faster.
         if count > 0 {
             self.state.on_loss();
+            self.state.record_repair(&stream.name, count);
             self.metrics.regression(&stream.name, count);
             tracing::error!(
                 stream = stream.name,

@@ -1,10 +1,11 @@
 //! State that the parts of the relay share with each other and with the API.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
@@ -20,6 +21,31 @@ pub struct BreakerState {
     /// The last failure.
     pub error: String,
 }
+
+/// A repair of a stream: outputs that it had lost were published again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamRepair {
+    pub stream: String,
+    pub at: Timestamp,
+    /// How many outputs were published again.
+    pub outputs: u64,
+}
+
+/// The relay of a host, as the host reports it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RelayReport {
+    /// The breakers that are not closed, at most 20.
+    pub breakers: Vec<BreakerState>,
+    /// The last repairs of streams since the start of the host, newest first, at most 5.
+    pub repairs: Vec<StreamRepair>,
+    /// Whether this host publishes the outputs from the WAL.
+    pub reads_wal: bool,
+}
+
+/// How many breakers and how many repairs a report has.
+const REPORTED_BREAKERS_MAX: usize = 20;
+const REPORTED_REPAIRS_MAX: usize = 5;
 
 /// A subject that its stream refuses, although it may accept others.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -47,6 +73,8 @@ pub struct RelayState {
     /// Streams that assigned a sequence twice.
     suspects: Mutex<BTreeSet<String>>,
     pub(super) suspect_added: Notify,
+    /// The last repairs by this host, newest first.
+    repairs: Mutex<VecDeque<StreamRepair>>,
     /// Number of detected losses.
     pub(super) losses: AtomicU64,
     /// Whether published outputs are not in the database yet.
@@ -227,6 +255,30 @@ impl RelayState {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// The report of this host on its relay.
+    pub fn report(&self) -> RelayReport {
+        let mut breakers = self.breakers();
+        breakers.retain(|breaker| breaker.state != State::Closed);
+        breakers.truncate(REPORTED_BREAKERS_MAX);
+        let repairs = self.repairs.lock().unwrap_or_else(PoisonError::into_inner);
+        RelayReport {
+            breakers,
+            repairs: repairs.iter().cloned().collect(),
+            reads_wal: self.reads_wal(),
+        }
+    }
+
+    /// Records that lost outputs of a stream are published again.
+    pub(super) fn record_repair(&self, stream: &str, outputs: u64) {
+        let mut repairs = self.repairs.lock().unwrap_or_else(PoisonError::into_inner);
+        repairs.push_front(StreamRepair {
+            stream: stream.to_owned(),
+            at: Timestamp::now(),
+            outputs,
+        });
+        repairs.truncate(REPORTED_REPAIRS_MAX);
     }
 
     /// Whether this host is the WAL reader.

@@ -19,6 +19,7 @@ use crate::bus::{
     Bus, ConsumerState, OtherInstallation, OutgoingMessage, Probe, StreamSpec, is_permanent_error,
     watermark_stream,
 };
+use crate::consumer::LaneReport;
 use crate::drain::Stopping;
 use crate::metrics::health::HealthCheck;
 use crate::model::alarm::{self, ALARM_MAX_AGE, ALARM_STREAM, ALARM_SUBJECTS, Notice};
@@ -29,6 +30,7 @@ use crate::model::message::Output;
 use crate::model::receipt::{CHECKPOINT_STREAM, CHECKPOINT_SUBJECTS};
 use crate::model::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
 use crate::model::retry::LastError;
+use crate::relay::RelayReport;
 use crate::store::{Pause, Store, StoredReport, is_busy};
 
 /// How often the checks run.
@@ -58,6 +60,8 @@ pub struct HostReport {
     /// Host name and process id, such as `web-1:4711`.
     pub host: String,
     pub workers: BTreeMap<String, WorkerReport>,
+    #[serde(default)]
+    pub relay: RelayReport,
     /// The settings that all hosts of the database should share.
     #[serde(default)]
     pub settings: BTreeMap<String, String>,
@@ -78,6 +82,9 @@ pub struct WorkerReport {
     /// Messages or requests in flight there.
     #[serde(default)]
     pub in_flight: usize,
+    /// Its lanes there; none while it pulls no messages.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lanes: Option<LaneReport>,
     /// Whether it is paused by an operator, with nothing in flight there.
     #[serde(default)]
     pub is_drained: bool,
@@ -157,6 +164,7 @@ impl Host {
                 broken_version: state.broken_version,
                 pause: state.pause,
                 in_flight: state.in_flight,
+                lanes: state.lanes,
                 is_drained: state.is_drained,
             };
             (state.worker, runs)
@@ -164,6 +172,7 @@ impl Host {
         HostReport {
             host: host_name(),
             workers: self.workers().await.into_iter().map(runs).collect(),
+            relay: self.services.relay_state.report(),
             settings: self.config.shared_settings(),
         }
     }
@@ -175,6 +184,7 @@ impl Host {
             let starting = || HostReport {
                 host: format!("a host that is starting ({})", report.instance),
                 workers: BTreeMap::new(),
+                relay: RelayReport::default(),
                 settings: BTreeMap::new(),
             };
             Ok(HostReport::parse(report)?.unwrap_or_else(starting))

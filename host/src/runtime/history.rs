@@ -11,8 +11,17 @@ use crate::store::HistoryCounts;
 /// How often the counts are written. A chart is that late.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Counters of a worker when they were last written: handled events, retries, dead letters.
-type Written = BTreeMap<String, (u64, u64, u64)>;
+/// Counters of a worker when they were last written.
+#[derive(Debug, Clone, Default)]
+struct Counters {
+    done: u64,
+    retries: u64,
+    dead: u64,
+    /// Calls by their time.
+    calls: Vec<u64>,
+}
+
+type Written = BTreeMap<String, Counters>;
 
 /// Writes the counts until the host stops.
 pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
@@ -24,12 +33,31 @@ pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
             () = tokio::time::sleep(INTERVAL) => {}
         }
         let states = host.workers_with_backlog().await;
-        let counts = counts_since(&written, &states);
+        let metrics = &host.services.metrics;
+        let now: Vec<(Counters, u64)> = states
+            .iter()
+            .map(|state| {
+                let calls = metrics.call_times(&state.worker);
+                let lag_ms = state.oldest_pending_ms.unwrap_or_default();
+                (Counters::of(state, calls), lag_ms)
+            })
+            .collect();
+        let now: BTreeMap<String, (Counters, u64)> = states
+            .into_iter()
+            .map(|state| state.worker)
+            .zip(now)
+            .collect();
+        let counts = counts_since(&written, &now);
         if counts.is_empty() {
             continue;
         }
         match host.services.store.add_history(&counts).await {
-            Ok(()) => written = states.iter().map(counters).collect(),
+            Ok(()) => {
+                let counters = now.into_iter();
+                written = counters
+                    .map(|(worker, (counters, _))| (worker, counters))
+                    .collect();
+            }
             // The counts are written later. Health checks report the database.
             Err(error) => {
                 let error = format!("{:#}", anyhow::Error::from(error));
@@ -39,65 +67,69 @@ pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
     }
 }
 
-fn counters(state: &WorkerState) -> (String, (u64, u64, u64)) {
-    (
-        state.worker.clone(),
-        (state.done, state.retries, state.dead),
-    )
+impl Counters {
+    fn of(state: &WorkerState, calls: Vec<u64>) -> Self {
+        Counters {
+            done: state.done,
+            retries: state.retries,
+            dead: state.dead,
+            calls,
+        }
+    }
 }
 
-/// The counts of each worker since they were written. Counters that fell belong to a worker that
-/// started again.
-fn counts_since(written: &Written, states: &[WorkerState]) -> Vec<HistoryCounts> {
-    let counts = |state: &WorkerState| {
-        let (worker, now) = counters(state);
-        let before = written.get(&worker).copied().unwrap_or_default();
-        let is_new = now.0 < before.0 || now.1 < before.1 || now.2 < before.2;
-        let before = if is_new { (0, 0, 0) } else { before };
+/// The counts of each worker since they were written, with its lag. Counters that fell belong to a
+/// worker that started again.
+fn counts_since(written: &Written, now: &BTreeMap<String, (Counters, u64)>) -> Vec<HistoryCounts> {
+    let none = Counters::default();
+    let counts = |(worker, (now, lag_ms)): (&String, &(Counters, u64))| {
+        let before = written.get(worker).unwrap_or(&none);
+        let is_new =
+            now.done < before.done || now.retries < before.retries || now.dead < before.dead;
+        // Calls are counted by the host, for all starts of the worker.
+        let calls = now.calls.iter().enumerate().map(|(bucket, count)| {
+            count.saturating_sub(before.calls.get(bucket).copied().unwrap_or_default())
+        });
+        let calls: Vec<u64> = calls.collect();
+        let before = if is_new { &none } else { before };
         HistoryCounts {
-            worker,
-            done: now.0 - before.0,
-            retries: now.1 - before.1,
-            dead: now.2 - before.2,
-            lag_ms: state.oldest_pending_ms.unwrap_or_default(),
+            worker: worker.clone(),
+            done: now.done - before.done,
+            retries: now.retries - before.retries,
+            dead: now.dead - before.dead,
+            lag_ms: *lag_ms,
+            calls,
         }
     };
-    states.iter().map(counts).collect()
+    now.iter().map(counts).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::runtime::RunState;
 
     #[test]
     fn counts_are_those_since_the_last_write() {
-        let state = |done| WorkerState {
-            worker: "a".to_owned(),
-            version: None,
-            digest: None,
-            stream: None,
-            subjects: Vec::new(),
-            routes: Vec::new(),
-            state: RunState::Running,
-            error: None,
-            pause: None,
-            in_flight: 0,
-            is_drained: false,
-            broken_version: None,
-            pending: None,
-            oldest_pending_ms: Some(7),
+        let counters = |done, calls: &[u64]| Counters {
             done,
-            duplicates: 0,
             retries: 2,
             dead: 0,
+            calls: calls.to_vec(),
         };
-        let written = Written::from([("a".to_owned(), (3, 2, 0))]);
-        let since = |done| {
-            let counts = counts_since(&written, &[state(done)]);
-            (counts[0].done, counts[0].retries, counts[0].lag_ms)
+        let written = Written::from([("a".to_owned(), counters(3, &[1, 4]))]);
+        let since = |done, calls: &[u64]| {
+            let now = BTreeMap::from([("a".to_owned(), (counters(done, calls), 7))]);
+            counts_since(&written, &now).remove(0)
         };
-        assert_eq!(since(5), (2, 0, 7));
-        assert_eq!(since(1), (1, 2, 7), "the worker started again");
+        let counts = since(5, &[1, 5, 1]);
+        assert_eq!((counts.done, counts.retries, counts.lag_ms), (2, 0, 7));
+        assert_eq!(counts.calls, [0, 1, 1]);
+        let again = since(1, &[1, 4]);
+        assert_eq!(
+            (again.done, again.retries),
+            (1, 2),
+            "the worker started again"
+        );
+        assert_eq!(again.calls, [0, 0]);
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::{RunState, WorkerState};
 use crate::bus::{ConsumerState, Probe};
 use crate::config::manifest::Worker;
-use crate::consumer::{PausedWorker, RunningWorker, WorkerCounters};
+use crate::consumer::{LaneReport, PausedWorker, RunningWorker, WorkerCounters};
 use crate::ingress::HttpWorker;
 use crate::model::units;
 use crate::store::Pause;
@@ -83,6 +83,14 @@ impl WorkerRuntime {
             WorkerRuntime::Messages(running) => running.in_flight(),
             WorkerRuntime::Paused(paused) => paused.in_flight(),
             WorkerRuntime::Requests(worker) => worker.in_flight(),
+        }
+    }
+
+    /// The lanes of a worker that pulls messages.
+    fn lanes(&self) -> Option<LaneReport> {
+        match self {
+            WorkerRuntime::Messages(running) => Some(running.lanes()),
+            WorkerRuntime::Paused(_) | WorkerRuntime::Requests(_) => None,
         }
     }
 
@@ -193,6 +201,7 @@ impl Slot {
             error: self.error(),
             pause: self.pause.clone(),
             in_flight: self.in_flight(),
+            lanes: running.and_then(WorkerRuntime::lanes),
             is_drained: self.is_drained(),
             broken_version: self.broken.as_ref().map(|(version, _)| *version),
             done: count(counters.map(|counters| &counters.done)),

@@ -12,6 +12,7 @@ use super::worker_entry::Slot;
 use super::{Hold, Host};
 use crate::alarms::monitor::HostState;
 use crate::bus::{Probe, UnhandledMessages};
+use crate::consumer::LaneReport;
 use crate::metrics::{Measured, MeasuredOutbox, MeasuredWal, MeasuredWorker};
 use crate::model::alarm::{Alarm, Kind};
 use crate::services::age;
@@ -42,6 +43,9 @@ pub struct WorkerState {
     /// Messages or requests in flight on this host.
     #[serde(default)]
     pub in_flight: usize,
+    /// Its lanes on this host; none while it pulls no messages.
+    #[serde(default)]
+    pub lanes: Option<LaneReport>,
     /// Whether it is paused by an operator, with nothing in flight on this host.
     #[serde(default)]
     pub is_drained: bool,

@@ -2,10 +2,22 @@
 //! `postgres/attempts.rs` and `sqlite/attempts.rs`.
 
 use bytes::Bytes;
+use serde::Serialize;
 
-use super::db::{Db, Param, Session, Sql, read_row};
+use super::db::{Db, Param, Session, Sql, read_row, read_rows};
 use super::rows::Columns as _;
 use super::{CountedAttempt, FailedAttempt, Result, postgres, sqlite};
+
+/// The last failed attempt at an event.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LastAttempt {
+    /// The deduplication key of the message.
+    pub event_id: String,
+    /// The handler's own code, or a code of the host; `None` for no code.
+    pub code: Option<String>,
+    /// The failure in words.
+    pub error: String,
+}
 
 /// Counts attempts that failed and stores their recordings. Returns the number of each attempt at
 /// its event.
@@ -69,6 +81,32 @@ pub(super) async fn recording(db: &mut Db, worker: &str, event_id: &str) -> Resu
     let row = db.fetch_optional(sql, &params).await?;
     row.map(|row| read_row(&row, sql.doing, |row| row.bytes("recording")).map(Bytes::from))
         .transpose()
+}
+
+/// The last failed attempts at these events, in any order.
+pub(super) async fn last(
+    db: &mut Db,
+    worker: &str,
+    event_ids: &[String],
+) -> Result<Vec<LastAttempt>> {
+    let sql = Sql {
+        postgres: "select distinct on (event_id) event_id, code, error from oncely.attempt
+         where worker = $1 and event_id = any($2) order by event_id, attempt desc",
+        // With a bare maximum, SQLite reads the other columns from the row that holds it.
+        sqlite: "select event_id, code, error, max(attempt) as attempt from oncely_attempt
+         where worker = $1 and event_id in (select value from json_each($2)) group by event_id",
+        doing: "read the last attempts",
+    };
+    let event_ids: Vec<&str> = event_ids.iter().map(String::as_str).collect();
+    let params = [Param::Text(worker), Param::Texts(&event_ids)];
+    let rows = db.fetch_all(sql, &params).await?;
+    read_rows(&rows, sql.doing, |row| {
+        Ok(LastAttempt {
+            event_id: row.text("event_id")?,
+            code: row.get("code")?,
+            error: row.text("error")?,
+        })
+    })
 }
 
 /// Writes a crash marker before a message is handled alone. Returns how many markers were written

@@ -2,7 +2,8 @@
 
 use jiff::Timestamp;
 
-use super::db::{Db, Param, Sql};
+use super::db::{Db, Param, Sql, read_row};
+use super::rows::Columns as _;
 use super::{
     AttemptRecord, AuditRecord, DeadLetterFilter, DeadLetterGroup, DeadLetterOutput,
     DeadLetterRecord, DeadLetterSummary, EditRecord, Result, rows,
@@ -122,11 +123,44 @@ pub(super) async fn list(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec<D
     Ok(rows::list(&rows, rows::dead_letter_summary))
 }
 
+/// How many dead letters match, and the id of the newest one.
+pub(super) async fn count(db: &mut Db, filter: &DeadLetterFilter) -> Result<(u64, Option<i64>)> {
+    macro_rules! counted {
+        ($summaries:ident, $fits:ident) => {
+            if filter.closed {
+                concat!(
+                    "select count(*) as number, max(id) as newest from (",
+                    $summaries!("", $fits!()),
+                    ") as found"
+                )
+            } else {
+                concat!(
+                    "select count(*) as number, max(id) as newest from (",
+                    $summaries!("", open_only!($fits)),
+                    " where state <> 'done') as found"
+                )
+            }
+        };
+    }
+    let sql = Sql {
+        postgres: counted!(postgres_summaries, postgres_fits),
+        sqlite: counted!(sqlite_summaries, sqlite_fits),
+        doing: "count dead letters",
+    };
+    let row = db.fetch_one(sql, &params(filter)).await?;
+    read_row(&row, sql.doing, |row| {
+        Ok((row.number("number")?, row.get("newest")?))
+    })
+}
+
+/// The most groups by subject that a filter with wildcards reads, largest first.
+const SUBJECTS_MAX: i64 = 100_000;
+
 /// Counts and times of matching dead letters, by group, largest first. If the filter has a subject
-/// with wildcards, all groups by their subject, in any number.
+/// with wildcards, groups by their subject, at most [`SUBJECTS_MAX`].
 pub(super) async fn groups(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterGroup>> {
     macro_rules! grouped {
-        ($dead_letters:expr, $which:literal, $table:literal) => {
+        ($dead_letters:expr, $which:literal, $joined:expr) => {
             concat!(
                 "with found as (",
                 $dead_letters,
@@ -138,23 +172,22 @@ pub(super) async fn groups(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec
                      from found group by 1, 2, 3
                      order by count(*) desc, max(id) limit $11
                  )
-                 select grouped.*, dead_letter_group.id, reason, code, shape, place
-                 from grouped left join ",
-                $table,
-                " as dead_letter_group on dead_letter_group.id = grouped.group_id
-                 order by dead_letters desc, last_dead_letter"
+                 select grouped.*, dead_letter_group.id, reason, code, shape, place, owner, note,
+                     actor as noted_by, stated_name as noted_by_stated, ",
+                $joined,
+                " order by dead_letters desc, last_dead_letter"
             )
         };
     }
     macro_rules! matching {
-        ($summaries:ident, $fits:ident, $table:literal) => {
+        ($summaries:ident, $fits:ident, $joined:literal) => {
             if filter.closed {
-                grouped!($summaries!("", $fits!()), "", $table)
+                grouped!($summaries!("", $fits!()), "", $joined)
             } else {
                 grouped!(
                     $summaries!("", open_only!($fits)),
                     " where state <> 'done'",
-                    $table
+                    $joined
                 )
             }
         };
@@ -163,14 +196,23 @@ pub(super) async fn groups(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec
         postgres: matching!(
             postgres_summaries,
             postgres_fits,
-            "oncely.dead_letter_group"
+            "(extract(epoch from written_at) * 1000000)::bigint as noted_at
+                 from grouped left join oncely.dead_letter_group on dead_letter_group.id = grouped.group_id
+                     left join oncely.dead_letter_group_note as noted on noted.group_id = grouped.group_id"
         ),
-        sqlite: matching!(sqlite_summaries, sqlite_fits, "oncely_dead_letter_group"),
+        sqlite: matching!(
+            sqlite_summaries,
+            sqlite_fits,
+            "written_at as noted_at
+                 from grouped left join oncely_dead_letter_group as dead_letter_group
+                         on dead_letter_group.id = grouped.group_id
+                     left join oncely_dead_letter_group_note as noted on noted.group_id = grouped.group_id"
+        ),
         doing: "group dead letters",
     };
     let is_by_subject = filter.has_wildcard();
     let limit = if is_by_subject {
-        i64::MAX
+        SUBJECTS_MAX
     } else {
         filter.limit.into()
     };

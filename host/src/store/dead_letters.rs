@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Result, Store};
+use super::{GroupNote, Result, Store};
 use crate::model::failure_group::FailureGroup;
 use crate::model::message::{Headers, Message};
 use crate::model::schema::Time;
@@ -261,6 +261,9 @@ pub struct DeadLetterGroup {
     pub last_died_at: Timestamp,
     /// The id of the newest one.
     pub last_dead_letter: i64,
+    /// The owner and the note of the group, if an operator has set them.
+    #[serde(default)]
+    pub note: Option<GroupNote>,
     /// The subject of all of them, before groups of different subjects are merged.
     #[serde(skip)]
     pub(super) subject: String,
@@ -326,26 +329,65 @@ pub async fn all_dead_letters(
     store: &Store,
     filter: &DeadLetterFilter,
 ) -> Result<Vec<DeadLetterSummary>> {
+    Ok(dead_letters_within(store, filter, u32::MAX).await?.0)
+}
+
+/// Like [`all_dead_letters`], but reads at most `pages_max` pages of 500 dead letters. A subject
+/// with wildcards may match few of many. The second value is the last id that was read, if there
+/// may be more below it.
+pub async fn dead_letters_within(
+    store: &Store,
+    filter: &DeadLetterFilter,
+    pages_max: u32,
+) -> Result<(Vec<DeadLetterSummary>, Option<i64>)> {
     let wanted = usize::try_from(filter.limit).unwrap_or(usize::MAX);
     let mut found = Vec::new();
     let mut page = DeadLetterFilter {
         limit: PAGE_SIZE,
         ..filter.clone()
     };
+    // Without wildcards all that are read match.
+    if !filter.has_wildcard() {
+        page.limit = PAGE_SIZE.min(filter.limit);
+    }
+    let mut pages = 0;
     loop {
         let dead_letters = store.dead_letters(&page).await?;
-        let is_last = dead_letters.len() < PAGE_SIZE as usize;
+        pages += 1;
+        let is_last = dead_letters.len() < page.limit as usize;
         page.below = dead_letters.last().map(|dead_letter| dead_letter.id);
         found.extend(
             dead_letters
                 .into_iter()
                 .filter(|dead_letter| filter.matches_subject(dead_letter)),
         );
-        if is_last || found.len() >= wanted {
+        if is_last || found.len() >= wanted || pages >= pages_max {
+            let is_cut = found.len() > wanted;
             found.truncate(wanted);
-            return Ok(found);
+            let last = match found.last() {
+                Some(last) if is_cut => Some(last.id),
+                _ => page.below,
+            };
+            return Ok((found, last.filter(|_| is_cut || !is_last)));
         }
     }
+}
+
+/// How many dead letters match a filter, and the id of the newest one.
+pub async fn count_dead_letters(
+    store: &Store,
+    filter: &DeadLetterFilter,
+) -> Result<(u64, Option<i64>)> {
+    if !filter.has_wildcard() {
+        return store.count_dead_letters(filter).await;
+    }
+    let all = DeadLetterFilter {
+        limit: u32::MAX,
+        ..filter.clone()
+    };
+    let groups = grouped_dead_letters(store, &all).await?;
+    let newest = groups.iter().map(|group| group.last_dead_letter).max();
+    Ok((groups.iter().map(|group| group.dead_letters).sum(), newest))
 }
 
 /// A dead letter to redrive.

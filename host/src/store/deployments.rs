@@ -238,14 +238,20 @@ pub(super) async fn newest(db: &mut Db) -> Result<Vec<DeploymentRecord>> {
 }
 
 /// All deployments of a worker, newest first.
-pub(super) async fn for_worker(db: &mut Db, worker: &str) -> Result<Vec<DeploymentRecord>> {
+pub(super) async fn for_worker(
+    db: &mut Db,
+    worker: &str,
+    limit: i64,
+) -> Result<Vec<DeploymentRecord>> {
     let sql = Sql {
         postgres: "select worker, version, digest, manifest, (extract(epoch from created_at) * 1000000)::bigint as created_at
-         from oncely.deployment where worker = $1 order by version desc",
+         from oncely.deployment where worker = $1 order by version desc limit $2",
         sqlite: "select worker, version, digest, manifest, created_at
-         from oncely_deployment where worker = $1 order by version desc",
+         from oncely_deployment where worker = $1 order by version desc limit $2",
         doing: "read deployments",
     };
-    let rows = db.fetch_all(sql, &[Param::Text(worker)]).await?;
+    let rows = db
+        .fetch_all(sql, &[Param::Text(worker), Param::Int(limit)])
+        .await?;
     rows.iter().map(rows::deployment).collect()
 }

@@ -27,6 +27,7 @@ mod alarms;
 mod archive;
 mod attempts;
 mod audit;
+mod audit_runs;
 mod changes;
 mod checkpoints;
 pub mod conflict;
@@ -37,6 +38,7 @@ mod dead_letters;
 mod deployments;
 mod error;
 mod events;
+mod group_notes;
 mod guest_statement;
 mod history;
 mod inbox;
@@ -65,7 +67,9 @@ mod wal;
 mod watermarks;
 
 pub use activity::{ActivityFilter, ActivityOutcome, ActivityRecord, Actor, NewActivity};
+pub use attempts::LastAttempt;
 pub use audit::{AuditedDeadLetter, Cursor, Outcome};
+pub use audit_runs::{AuditRun, AuditRunResult, NewAuditRun};
 pub use changes::{Changes, RowChange, TableRows, changed_rows};
 pub use checkpoints::{
     BlockFilter, CHECKPOINT_MARGIN, CheckpointBlock, CheckpointHead, CheckpointStart,
@@ -75,11 +79,12 @@ pub use dead_letters::{
     AttemptRecord, Attribution, AuditRecord, DeadLetterAction, DeadLetterActionResult,
     DeadLetterDepth, DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
     DeadLetterState, DeadLetterSummary, EditRecord, Redrive, RedriveLookup, SeenDeadLetter,
-    all_dead_letters, grouped_dead_letters,
+    all_dead_letters, count_dead_letters, dead_letters_within, grouped_dead_letters,
 };
 pub(crate) use error::{BrokenStatement, is_busy};
 pub use error::{Result, StoreError};
 pub use events::{EVENT_OUTPUTS_MAX, EventRecord, InboxRecord};
+pub use group_notes::{GroupNote, GroupNoteChange};
 pub use guest_statement::{DeferredStatement, FailedStatement};
 pub use history::{HISTORY_BUCKET_SECS, HISTORY_BUCKETS, HistoryCounts, HistoryPoint};
 pub use instance::{HOST_LEASE, LEASE_SAFE_FOR, RENEW_INTERVAL, RENEW_TIMEOUT, TakenOver};
@@ -203,6 +208,21 @@ impl Store {
     pub async fn attempt_recording(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>> {
         let mut db = self.read().await?;
         let found = attempts::recording(&mut db, worker, event_id).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// The last failed attempts at these events, in any order. Events without one are left out.
+    pub async fn last_attempts(
+        &self,
+        worker: &str,
+        event_ids: &[String],
+    ) -> Result<Vec<LastAttempt>> {
+        if event_ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut db = self.read().await?;
+        let found = attempts::last(&mut db, worker, event_ids).await?;
         db.commit().await?;
         Ok(found)
     }
@@ -669,7 +689,19 @@ impl Store {
     /// All deployments of a worker, newest first.
     pub async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>> {
         let mut db = self.read().await?;
-        let found = deployments::for_worker(&mut db, worker).await?;
+        let found = deployments::for_worker(&mut db, worker, i64::MAX).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// The last deployments of a worker, newest first.
+    pub async fn last_deployments(
+        &self,
+        worker: &str,
+        limit: u32,
+    ) -> Result<Vec<DeploymentRecord>> {
+        let mut db = self.read().await?;
+        let found = deployments::for_worker(&mut db, worker, limit.into()).await?;
         db.commit().await?;
         Ok(found)
     }
@@ -699,6 +731,15 @@ impl Store {
     ) -> Result<Vec<DeadLetterGroup>> {
         let mut db = self.read().await?;
         let found = dead_letter_queries::groups(&mut db, filter).await?;
+        db.commit().await?;
+        Ok(found)
+    }
+
+    /// How many dead letters match a filter, and the id of the newest one. See
+    /// [`count_dead_letters`] for subjects with wildcards.
+    async fn count_dead_letters(&self, filter: &DeadLetterFilter) -> Result<(u64, Option<i64>)> {
+        let mut db = self.read().await?;
+        let found = dead_letter_queries::count(&mut db, filter).await?;
         db.commit().await?;
         Ok(found)
     }

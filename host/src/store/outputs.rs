@@ -9,6 +9,7 @@ use super::{
     GroupOutcome, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary,
     Published, Result, Unpublished, postgres, rows, shared, sqlite,
 };
+use crate::model::subject;
 
 /// Appends messages of the platform to the outbox, each with its worker. Those that are due at once
 /// are leased to this host for [`shared::NOTICE_LEASE`] and returned.
@@ -102,12 +103,15 @@ pub(super) async fn release(db: &mut Db, rows: &[(i64, Unpublished)]) -> Result<
 }
 
 /// The columns of a summary, from the outbox and the dropped outputs. Times are in microseconds.
+/// Lists leave the body out.
 macro_rules! postgres_summaries {
-    ($rest:literal) => {
+    ($body:literal, $rest:expr) => {
         concat!(
             "with rows as (
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
-                     parked_at, headers, body, coalesce(outbox.stream, recorded.stream) as stream,
+                     parked_at, headers, ",
+            $body,
+            " as body, coalesce(outbox.stream, recorded.stream) as stream,
                      coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence, blocked_by,
                      null::timestamptz as dropped_at, null as note,
                      case
@@ -124,7 +128,9 @@ macro_rules! postgres_summaries {
                  from oncely.outbox left join lateral oncely.find_relay_record(seq) as recorded on via <> 'poll'
                  union all
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
-                     parked_at, headers, body, null, null, null, dropped_at, note, 'dropped'
+                     parked_at, headers, ",
+            $body,
+            ", null, null, null, dropped_at, note, 'dropped'
                  from oncely.dropped_output
              )
              select rows.*, (extract(epoch from created_at) * 1000000)::bigint as created,
@@ -140,13 +146,15 @@ macro_rules! postgres_summaries {
 
 /// Like [`postgres_summaries`].
 macro_rules! sqlite_summaries {
-    ($rest:literal) => {
+    ($body:literal, $rest:expr) => {
         concat!(
             "with clock as (
                  select cast(unixepoch('subsec') * 1000000 as integer) as now
              ), rows as (
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
-                     parked_at, headers, body, stream, stream_sequence, blocked_by, null as dropped_at, null as note,
+                     parked_at, headers, ",
+            $body,
+            " as body, stream, stream_sequence, blocked_by, null as dropped_at, null as note,
                      case
                          when published_at is not null then 'published'
                          when parked_at is not null then 'parked'
@@ -158,7 +166,9 @@ macro_rules! sqlite_summaries {
                  from oncely_outbox, clock
                  union all
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
-                     parked_at, headers, body, null, null, null, dropped_at, note, 'dropped'
+                     parked_at, headers, ",
+            $body,
+            ", null, null, null, dropped_at, note, 'dropped'
                  from oncely_dropped_output
              )
              select rows.*, created_at as created, due_at as due, parked_at as parked, dropped_at as dropped,
@@ -169,22 +179,55 @@ macro_rules! sqlite_summaries {
     };
 }
 
+/// The conditions that all lists share: worker and subjects; see [`likely`].
+macro_rules! postgres_list {
+    ($which:literal, $order:literal) => {
+        postgres_summaries!(
+            "null::bytea",
+            concat!(
+                "where ",
+                $which,
+                " and ($1::text is null or worker = $1)
+                 and (cardinality($3::text[]) = 0 or subject like any($3)) order by ",
+                $order,
+                " limit $2"
+            )
+        )
+    };
+}
+
+/// Like [`postgres_list`].
+macro_rules! sqlite_list {
+    ($which:literal, $order:literal) => {
+        sqlite_summaries!(
+            "null",
+            concat!(
+                "where ",
+                $which,
+                " and ($1 is null or worker = $1)
+                 and ($3 = '[]' or exists (select 1 from json_each($3) as pattern
+                     where rows.subject like pattern.value escape '\\')) order by ",
+                $order,
+                " limit $2"
+            )
+        )
+    };
+}
+
 /// Parked or all unpublished outputs, oldest first; or dropped ones, newest first.
 pub(super) async fn list(db: &mut Db, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
     let (postgres, sqlite) = match (filter.dropped, filter.unpublished) {
         (true, _) => (
-            postgres_summaries!("where dropped_at is not null and ($1::text is null or worker = $1) order by dropped_at desc, seq limit $2"),
-            sqlite_summaries!("where dropped_at is not null and ($1 is null or worker = $1) order by dropped_at desc, seq limit $2"),
+            postgres_list!("dropped_at is not null", "dropped_at desc, seq"),
+            sqlite_list!("dropped_at is not null", "dropped_at desc, seq"),
         ),
         (false, true) => (
-            postgres_summaries!("where state not in ('published', 'dropped') and ($1::text is null or worker = $1) order by seq limit $2"),
-            sqlite_summaries!("where state not in ('published', 'dropped') and ($1 is null or worker = $1) order by seq limit $2"),
+            postgres_list!("state not in ('published', 'dropped')", "seq"),
+            sqlite_list!("state not in ('published', 'dropped')", "seq"),
         ),
         (false, false) => (
-            postgres_summaries!("where state = 'parked' and parked_at is not null and ($1::text is null or worker = $1)
-             order by seq limit $2"),
-            sqlite_summaries!("where state = 'parked' and parked_at is not null and ($1 is null or worker = $1)
-             order by seq limit $2"),
+            postgres_list!("state = 'parked' and parked_at is not null", "seq"),
+            sqlite_list!("state = 'parked' and parked_at is not null", "seq"),
         ),
     };
     let sql = Sql {
@@ -192,19 +235,41 @@ pub(super) async fn list(db: &mut Db, filter: &OutputFilter) -> Result<Vec<Outpu
         sqlite,
         doing: "list outputs",
     };
+    let likely: Vec<String> = filter.subjects.iter().map(|one| likely(one)).collect();
+    let likely: Vec<&str> = likely.iter().map(String::as_str).collect();
     let params = [
         Param::OptionalText(filter.worker.as_deref()),
         Param::Int(filter.limit.into()),
+        Param::Texts(&likely),
     ];
     let rows = db.fetch_all(sql, &params).await?;
-    Ok(rows::list(&rows, rows::output_summary))
+    let mut outputs = rows::list(&rows, rows::output_summary);
+    if !filter.subjects.is_empty() {
+        let fits =
+            |pattern: &String, output: &OutputSummary| subject::matches(pattern, &output.subject);
+        outputs.retain(|output| filter.subjects.iter().any(|pattern| fits(pattern, output)));
+    }
+    Ok(outputs)
+}
+
+/// A pattern of subjects as one of `like`. It also fits subjects with more tokens.
+fn likely(pattern: &str) -> String {
+    let mut like = String::with_capacity(pattern.len());
+    for c in pattern.chars() {
+        match c {
+            '*' | '>' => like.push('%'),
+            '%' | '_' | '\\' => like.extend(['\\', c]),
+            c => like.push(c),
+        }
+    }
+    like
 }
 
 /// One output by its number.
 pub(super) async fn find(db: &mut Db, number: i64) -> Result<Option<OutputRecord>> {
     let sql = Sql {
-        postgres: postgres_summaries!("where seq = $1"),
-        sqlite: sqlite_summaries!("where seq = $1"),
+        postgres: postgres_summaries!("body", "where seq = $1"),
+        sqlite: sqlite_summaries!("body", "where seq = $1"),
         doing: "read an output",
     };
     let row = db.fetch_optional(sql, &[Param::Int(number)]).await?;
@@ -219,8 +284,14 @@ pub(super) async fn of_event(
     limit: u32,
 ) -> Result<Vec<OutputRecord>> {
     let sql = Sql {
-        postgres: postgres_summaries!("where worker = $1 and event_id = $2 order by seq limit $3"),
-        sqlite: sqlite_summaries!("where worker = $1 and event_id = $2 order by seq limit $3"),
+        postgres: postgres_summaries!(
+            "body",
+            "where worker = $1 and event_id = $2 order by seq limit $3"
+        ),
+        sqlite: sqlite_summaries!(
+            "body",
+            "where worker = $1 and event_id = $2 order by seq limit $3"
+        ),
         doing: "find the outputs of an event",
     };
     let params = [
@@ -323,4 +394,14 @@ pub(super) async fn taken_ids(db: &mut Db) -> Result<BTreeMap<String, u64>> {
     };
     let rows = db.fetch_all(sql, &[]).await?;
     rows.iter().map(rows::taken_ids).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pattern_of_subjects_becomes_one_of_like() {
+        assert_eq!(likely("a_b.*.100%.>"), "a\\_b.%.100\\%.%");
+    }
 }

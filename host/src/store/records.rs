@@ -237,7 +237,14 @@ pub struct OutputFilter {
     /// Dropped outputs instead.
     #[serde(default)]
     pub dropped: bool,
-    /// The maximum number of results.
+    /// Only outputs to this stream, by its subjects; `None` for all streams.
+    #[serde(default)]
+    pub stream: Option<String>,
+    /// Only these subjects, with NATS wildcards; all if it is empty. The API sets those of
+    /// `stream`.
+    #[serde(skip)]
+    pub subjects: Vec<String>,
+    /// The maximum number of results. With subjects that have wildcards, there may be fewer.
     pub limit: u32,
 }
 

@@ -195,6 +195,15 @@ impl Store {
         items(&rows)
     }
 
+    /// The first dead letters of a job that were refused, in order.
+    pub async fn refused_redrive_job_items(&self, id: i64, limit: u32) -> Result<Vec<JobItem>> {
+        let mut db = self.read().await?;
+        let params = [Param::Int(id), Param::Int(limit.into())];
+        let rows = db.fetch_all(REFUSED_ITEMS, &params).await?;
+        db.commit().await?;
+        items(&rows)
+    }
+
     /// Pauses, resumes or cancels a job. `None` if there is none.
     ///
     /// # Errors
@@ -539,6 +548,16 @@ const ITEMS: Sql = Sql {
         "select position, dead_letter_id, result, why, preconditions from oncely_redrive_job_item
          where job_id = $1 and position >= $2 order by position limit $3",
     doing: "read the dead letters of a job",
+};
+
+const REFUSED_ITEMS: Sql = Sql {
+    postgres:
+        "select position, dead_letter_id, result, why, preconditions from oncely.redrive_job_item
+         where job_id = $1 and result = 'refused' order by position limit $2",
+    sqlite:
+        "select position, dead_letter_id, result, why, preconditions from oncely_redrive_job_item
+         where job_id = $1 and result = 'refused' order by position limit $2",
+    doing: "read the refused dead letters of a job",
 };
 
 const OPEN_ITEMS: Sql = Sql {

@@ -13,9 +13,10 @@ use super::{
     AttemptRecord, AuditRecord, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
     DeadLetterState, DeadLetterSummary, DeploymentRecord, EditRecord, HistoryPoint, InboxRecord,
     OutboxLag, OutboxRow, OutputRecord, OutputSummary, PublishedOutput, RequestRecord, Result,
-    StateRecord, StateSlot, StoreError, Unpublished, WorkerTotals, shared,
+    StateRecord, StateSlot, StoreError, Unpublished, WorkerTotals, group_notes, history, shared,
 };
 use crate::model::alarm::{Alarm, AlarmUpdate, Kind, Notice};
+use crate::model::call_times;
 use crate::model::message::{Message, Origin, Redriven};
 
 /// A value that both databases can decode.
@@ -197,6 +198,7 @@ pub(super) fn dead_letter_group(row: &impl Columns) -> Result<DeadLetterGroup> {
             first_died_at: row.time("first")?,
             last_died_at: row.time("last")?,
             last_dead_letter: row.get("last_dead_letter")?,
+            note: group_notes::read(row)?,
             subject: row.get("subject")?,
         })
     })
@@ -299,6 +301,7 @@ pub(super) fn request(row: &impl Columns) -> Result<RequestRecord> {
 
 pub(super) fn history_point(row: &impl Columns) -> Result<HistoryPoint> {
     read("the history of a worker", || {
+        let calls = history::total_calls(&row.text("calls")?);
         Ok(HistoryPoint {
             worker: row.get("worker")?,
             at: row.time("at")?,
@@ -306,6 +309,8 @@ pub(super) fn history_point(row: &impl Columns) -> Result<HistoryPoint> {
             retries: row.number("retries")?,
             dead: row.number("dead")?,
             lag_ms: row.number("lag_ms")?,
+            p50_us: call_times::quantile_us(&calls, 0.5),
+            p99_us: call_times::quantile_us(&calls, 0.99),
         })
     })
 }

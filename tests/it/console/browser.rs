@@ -145,8 +145,34 @@ async fn pages_have_no_violation_of_wcag_and_fit_narrow_windows() -> Result<()> 
     let empty = World::start(Kind::Sqlite, &manifest("")?).await?;
     check_pages(&browser, &empty, &axe, "empty", &PAGES).await?;
     let full = failing_world().await?;
+    // A group with a note, a job with its results, and an audit that found a difference.
+    let groups = full
+        .oncely_json(&["dlq", "list", "--groups", "--json"])
+        .await?;
+    let group = groups[0]["group"]["id"].as_str().context("find a group")?;
+    let note = [
+        "dlq",
+        "note",
+        group,
+        "--owner",
+        "payments",
+        "--note",
+        "the bank is down",
+    ];
+    full.oncely(&note).await?;
+    full.oncely(&["dlq", "redrive", "4", "--detach"]).await?;
+    let removed = "delete from oncely.inbox where event_id = 'e1'";
+    full.database.execute(removed).await?;
+    let _ = full.oncely(&["audit"]).await;
+    let of_group = format!("/failures?group={group}");
     let mut pages = PAGES.to_vec();
     pages.extend([
+        of_group.as_str(),
+        "/failures/redrive?selected=1&id=1&id=2",
+        "/jobs/1",
+        "/jobs/1/verify",
+        "/books/1",
+        "/outputs?stream=OUT&dropped=1",
         "/failures?worker=test&since=2h",
         "/failures/redrive?subject=in.y",
         "/failures/drop?worker=test",
@@ -163,6 +189,111 @@ async fn pages_have_no_violation_of_wcag_and_fit_narrow_windows() -> Result<()> 
         "/nowhere",
     ]);
     check_pages(&browser, &full, &axe, "full", &pages).await?;
+    no_violation_of_the_policy(&browser).await
+}
+
+/// Five messages that die, and take effect when they are redriven.
+async fn repaired_world() -> Result<World> {
+    let world = World::start(Kind::Sqlite, &manifest(ONE_ATTEMPT)?).await?;
+    let once = |n| NewMessage::new("in.x", &format!("e{n}"), "fail_once,insert", r#"{"n": 1}"#);
+    world.nats.publish_all((0..5).map(once).collect()).await?;
+    world.until(OPEN, 5).await?;
+    Ok(world)
+}
+
+/// Opens the page of a job until it has ended.
+async fn job_ends(browser: &Browser, world: &World) -> Result<()> {
+    let job = format!("{}/jobs/1", world.control_url()?);
+    world
+        .eventually("the job ends", || async {
+            browser.open(&job).await?;
+            let text = browser.text().await?;
+            Ok(text.contains("5 of 5 dead letters processed").then_some(()))
+        })
+        .await?;
+    world
+        .until("select count(*) from oncely.inbox where state = 'done'", 5)
+        .await?;
+    world.until(world.database.unpublished(), 0).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_are_planned_redriven_and_proved_by_mouse() -> Result<()> {
+    let world = repaired_world().await?;
+    let browser = Browser::start().await?;
+    browser.resize(1280, 900).await?;
+    browser.open(&world.control_url()?).await?;
+    browser.fill("#token", &world.token()?).await?;
+    browser.click("Log in").await?;
+
+    // An owner and a note for the group
+    browser.click("Failures").await?;
+    browser.click("requested failure of attempt #").await?;
+    browser.click("Add an owner and a note").await?;
+    browser.fill("#owner", "payments").await?;
+    browser.fill("#group-note", "the bank is down").await?;
+    browser.click("Save").await?;
+    shows(&browser, "Owner: payments").await?;
+
+    // The plan, and its job
+    browser.click("Redrive all…").await?;
+    shows(&browser, "5 × would succeed").await?;
+    shows(&browser, "none found").await?;
+    browser.click("Redrive 5 dead letters").await?;
+    shows(&browser, "job 1 redrives 5 dead letters").await?;
+    job_ends(&browser, &world).await?;
+    browser.click("Verify").await?;
+    shows(&browser, "No event took effect twice").await?;
+
+    // The books
+    browser.click("Books").await?;
+    browser.click("Audit").await?;
+    let correct = || async {
+        browser
+            .open(&format!("{}/books/1", world.control_url()?))
+            .await?;
+        let text = browser.text().await?;
+        Ok(text.contains("The books are correct.").then_some(()))
+    };
+    world.eventually("the audit ends", correct).await?;
+    books::check(&world).await?;
+    no_violation_of_the_policy(&browser).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_selection_is_redriven_paused_and_cancelled_by_keyboard() -> Result<()> {
+    let world = repaired_world().await?;
+    let browser = Browser::start().await?;
+    browser.resize(390, 844).await?;
+    browser.open(&world.control_url()?).await?;
+    browser.press(&world.token()?).await?;
+    browser.press(keys::ENTER).await?;
+    let follow = |name: &'static str| {
+        let browser = &browser;
+        async move {
+            browser.tab_to(name).await?;
+            browser.press(keys::ENTER).await
+        }
+    };
+    follow("Failures").await?;
+    shows(&browser, "Dead letters").await?;
+    for name in ["Select dead letter 3", "Select dead letter 2"] {
+        browser.tab_to(name).await?;
+        browser.press(" ").await?;
+    }
+    follow("Redrive the selected ones…").await?;
+    shows(&browser, "Redrive 2 dead letters?").await?;
+
+    // One a second, so that there is time for a pause.
+    browser.tab_to("rate").await?;
+    browser.select_all().await?;
+    browser.press("1").await?;
+    follow("Redrive 2 dead letters").await?;
+    shows(&browser, "job 1 redrives 2 dead letters").await?;
+    follow("Pause").await?;
+    shows(&browser, "job 1 is paused").await?;
+    follow("Cancel the job").await?;
+    shows(&browser, "job 1 is cancelled").await?;
     no_violation_of_the_policy(&browser).await
 }
 

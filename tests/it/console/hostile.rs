@@ -89,35 +89,57 @@ both!(
             "/failures?worker=test&reason=rejected",
             "/failures?below=5000",
             "/failures?subject=in.%3E",
+            "/failures?subject=none.*",
             "/failures?group=0000000000000007",
+            "/workers/test",
             "/activity",
             "/search?q=e77",
+            "/search?q=none.%3E",
         ] {
-            // The first request warms the connections up.
-            Page::of(visit.get(path)).await?;
-            let began = Instant::now();
-            let page = Page::of(visit.get(path)).await?;
-            let took = began.elapsed();
-            assert!(
-                page.text.len() < 200_000,
-                "{path}: {} bytes",
-                page.text.len()
-            );
-            assert!(took < SLOW, "{path} took {took:?}");
-            eprintln!("{path} took {took:?}");
+            is_short_and_quick(&visit, path).await?;
         }
         let first = visit.json("/failures").await?;
         assert_eq!(first["dead_letters"].as_array().map(Vec::len), Some(50));
         assert_eq!(first["next_below"], 9951);
+
+        // The plan samples twelve groups, and the page of its job has one page of its dead letters.
+        let plan = visit.json("/failures/redrive?worker=test").await?;
+        assert_eq!(plan["classes"].as_array().map(Vec::len), Some(12));
+        assert_eq!(
+            (&plan["total"], &plan["in_other_classes"]),
+            (&10_000.into(), &9_988.into())
+        );
         let page = visit.page("/failures/drop?worker=test").await?;
         assert!(
             page.text.contains("Drop 10\u{2009}000 dead letters"),
             "{}",
             page.text
         );
+        let slow = ["dlq", "redrive", "--all", "--rate", "1", "--detach"];
+        world.oncely(&slow).await?;
+        for path in ["/jobs", "/jobs/1", "/jobs/1?from=5000"] {
+            is_short_and_quick(&visit, path).await?;
+        }
         Ok(())
     }
 );
+
+async fn is_short_and_quick(visit: &Visit, path: &str) -> Result<()> {
+    // The first request warms the connections up.
+    Page::of(visit.get(path)).await?;
+    let began = Instant::now();
+    let page = Page::of(visit.get(path)).await?;
+    let took = began.elapsed();
+    ensure!(page.status.as_u16() < 400, "{path}: {}", page.text);
+    ensure!(
+        page.text.len() < 200_000,
+        "{path}: {} bytes",
+        page.text.len()
+    );
+    ensure!(took < SLOW, "{path} took {took:?}");
+    eprintln!("{path} took {took:?}");
+    Ok(())
+}
 
 /// Writes 10,000 dead letters, each in a group of its own.
 async fn fill(world: &World) -> Result<()> {

@@ -71,13 +71,23 @@ fn show_groups(groups: &[DeadLetterGroup]) -> Result<()> {
         term::note("no dead letters");
         return Ok(());
     }
+    // Owners and notes have columns once there are any.
+    let is_noted = groups.iter().any(|found| found.note.is_some());
+    let noted = |found: &DeadLetterGroup| {
+        let note = found.note.clone();
+        let (owner, note) = note.map_or((None, None), |note| (note.owner, note.note));
+        is_noted
+            .then(|| [owner.unwrap_or_default(), note.unwrap_or_default()])
+            .into_iter()
+            .flatten()
+    };
     let row = |found: &DeadLetterGroup| {
         let group = found.group.as_ref();
         let place = group
             .and_then(|group| group.place.as_ref())
             .map(|place| format!(", at {place}"))
             .unwrap_or_default();
-        vec![
+        let shown = vec![
             group.map_or_else(|| "-".to_owned(), |group| group.id.clone()),
             found.worker.clone(),
             found.dead_letters.to_string(),
@@ -91,9 +101,13 @@ fn show_groups(groups: &[DeadLetterGroup]) -> Result<()> {
                 "{}{place}",
                 group.map(|group| group.shape.as_str()).unwrap_or_default()
             ),
-        ]
+        ];
+        shown
+            .into_iter()
+            .chain(noted(found))
+            .collect::<Vec<String>>()
     };
-    let mut table = Table::new(&[
+    let mut heads = vec![
         "group",
         "worker",
         "dead letters",
@@ -102,7 +116,11 @@ fn show_groups(groups: &[DeadLetterGroup]) -> Result<()> {
         "first died at",
         "last died at",
         "detail",
-    ]);
+    ];
+    if is_noted {
+        heads.extend(["owner", "note"]);
+    }
+    let mut table = Table::new(&heads);
     groups.iter().map(row).for_each(|row| table.row(row));
     term::data(table.to_string().trim_end())
 }

@@ -8,6 +8,7 @@ mod edit;
 mod export;
 mod jobs;
 mod list;
+mod note;
 mod plan;
 mod redrive;
 mod select;
@@ -32,6 +33,7 @@ enum Command {
     Edit(edit::Edit),
     Resolve(close::Resolve),
     Drop(close::Drop),
+    Note(note::Note),
     Export(export::Export),
     Verify(verify::Verify),
 }
@@ -46,6 +48,7 @@ impl Dlq {
             Command::Edit(edit) => edit.run().await,
             Command::Resolve(resolve) => resolve.run().await,
             Command::Drop(drop) => drop.run().await,
+            Command::Note(note) => note.run().await,
             Command::Export(export) => export.run().await,
             Command::Verify(verify) => verify.run().await,
         }
