@@ -57,6 +57,7 @@ fn each_outside_library_has_one_module() -> Result<()> {
                 "guest",
                 "http_server",
                 "https",
+                "oidc",
                 "registry",
                 "traces",
             ],
@@ -68,6 +69,7 @@ fn each_outside_library_has_one_module() -> Result<()> {
         ("moka", &["cache"]),
         ("redis", &["cache"]),
         ("jsonschema", &["config"]),
+        ("jsonwebtoken", &["oidc"]),
         ("opentelemetry_proto", &["traces"]),
         ("prost", &["traces"]),
     ];
