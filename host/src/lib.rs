@@ -54,6 +54,8 @@ pub mod bus;
 pub mod guest;
 // HTTP listeners with bounds on connections, time and memory, by hyper.
 mod http_server;
+// Logins with an OpenID Connect provider, by jsonwebtoken.
+mod oidc;
 // OCI registries: components and their signatures.
 mod registry;
 // The database, by sqlx.

@@ -14,7 +14,9 @@ mod browser;
 mod forms;
 mod hostile;
 mod live;
+mod oidc;
 mod plans;
+mod signer;
 
 /// One attempt, so that a message dies at once.
 const ONE_ATTEMPT: &str =
@@ -101,7 +103,12 @@ impl Visit {
         .await?;
         ensure!(page.status == StatusCode::SEE_OTHER, "{}", page.text);
         let cookie = page.header("set-cookie").split(';').next();
-        let cookie = cookie.unwrap_or_default().to_owned();
+        Visit::of_session(world, cookie.unwrap_or_default().to_owned()).await
+    }
+
+    /// The browser with the cookie of a session.
+    pub async fn of_session(world: &World, cookie: String) -> Result<Visit> {
+        let (http, base) = visitor(world)?;
         let mut visit = Visit {
             http,
             base,

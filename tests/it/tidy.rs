@@ -57,6 +57,7 @@ fn each_outside_library_has_one_module() -> Result<()> {
                 "guest",
                 "http_server",
                 "https",
+                "oidc",
                 "registry",
                 "traces",
             ],
@@ -69,6 +70,7 @@ fn each_outside_library_has_one_module() -> Result<()> {
         ("redis", &["cache"]),
         ("jsonschema", &["config"]),
         ("rmcp", &["cli"]),
+        ("jsonwebtoken", &["oidc"]),
         ("opentelemetry_proto", &["traces"]),
         ("prost", &["traces"]),
     ];

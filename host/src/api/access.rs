@@ -42,6 +42,8 @@ pub struct Caller {
     pub role: Role,
     /// When its token expires.
     pub expires_at: Option<Timestamp>,
+    /// Whether a login provider vouches for the person, instead of a token. Its name is theirs.
+    pub is_person: bool,
 }
 
 /// Who makes a change and why, as the client states. Only the token is proof of the actor.
@@ -65,11 +67,30 @@ impl Caller {
             },
             role: Role::Admin,
             expires_at: None,
+            is_person: false,
         }
     }
 
-    /// The caller with the name that a request states, if it does.
+    /// A person that a login provider vouches for, with the name for display.
+    pub fn person(name: String, shown: Option<&str>, role: Role) -> Self {
+        Caller {
+            actor: Actor {
+                name,
+                token: None,
+                stated_name: shown.and_then(printable_name),
+            },
+            role,
+            expires_at: None,
+            is_person: true,
+        }
+    }
+
+    /// The caller with the name that a request states, if it does. A person has the name that the
+    /// provider states.
     pub fn stating(mut self, by: &StatedBy) -> Self {
+        if self.is_person {
+            return self;
+        }
         let stated_name = by.actor.as_deref().and_then(printable_name);
         self.actor.stated_name = stated_name.or(self.actor.stated_name);
         self
@@ -95,6 +116,7 @@ impl From<TokenRecord> for Caller {
             },
             role: token.role,
             expires_at: token.expires_at,
+            is_person: false,
         }
     }
 }
@@ -153,7 +175,7 @@ impl Authenticator {
     }
 
     /// A caller whose token was checked before, with its role of now; `None` if the token was
-    /// revoked or has expired since.
+    /// revoked or has expired since. The role of a person is that of the login.
     ///
     /// # Errors
     /// The database is unavailable, so a named token cannot be checked.
@@ -267,12 +289,17 @@ impl Caller {
             request,
             "request refused, role too low"
         );
+        let holder = if self.is_person { "" } else { "the token " };
         let error = anyhow!(
-            "the token `{}` has the role `{}`, and `{request}` needs the role `{}`",
+            "{holder}`{}` has the role `{}`, and `{request}` needs the role `{}`",
             self.actor.name,
             role.as_str(),
             needed.as_str()
         );
+        if self.is_person {
+            let hint = "the administrator can grant a role to one of your groups with oidc_roles";
+            return ApiError(StatusCode::FORBIDDEN, error.hint(hint));
+        }
         let hint = match needed {
             Role::Deploy => {
                 "the administrator, who has the host's own token, can create one: \

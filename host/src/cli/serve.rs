@@ -118,8 +118,7 @@ impl HostProcess {
         // Serve the control API and the console.
         let store = Arc::clone(&host.services.store);
         let authenticator = Arc::new(Authenticator::new(token.reveal(), store));
-        let (for_console, names) = (Arc::clone(&authenticator), &config.console_names);
-        let console = Console::new(Arc::clone(&host), for_console, names);
+        let console = Console::new(Arc::clone(&host), Arc::clone(&authenticator), config);
         let pages = console::router(Arc::clone(&console));
         control_api.set(api::router(Arc::clone(&host), authenticator).merge(pages));
 

@@ -18,6 +18,7 @@ mod component_keys;
 mod http;
 pub mod manifest;
 mod nats;
+mod oidc;
 mod schema;
 mod shared;
 mod sources;
@@ -30,6 +31,8 @@ pub use cache::{CacheSettings, CacheUrl};
 pub use compile::CompileSettings;
 pub use http::HttpLimits;
 pub use nats::{JetStreamApi, Login, Nats};
+pub(crate) use oidc::is_loopback;
+pub use oidc::{ConsoleUrl, OidcSettings};
 pub use token::{load_or_create_token, read_token};
 pub use traces::{TraceEndpoint, TraceSettings};
 pub use webhook::{Webhook, key as webhook_key};
@@ -53,7 +56,7 @@ const KEEP_RECEIPTS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// Every setting by its key in the file. Its flag is `--key` with hyphens, its variable is
 /// `ONCELY_KEY`.
-pub(crate) const SETTINGS: [&str; 41] = [
+pub(crate) const SETTINGS: [&str; 49] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -65,6 +68,14 @@ pub(crate) const SETTINGS: [&str; 41] = [
     "listen",
     "token",
     "console_names",
+    "console_url",
+    "oidc_issuer",
+    "oidc_client_id",
+    "oidc_client_secret",
+    "oidc_scopes",
+    "oidc_claim",
+    "oidc_roles",
+    "oidc_session",
     "http",
     "http_caller",
     "http_publish",
@@ -146,6 +157,37 @@ pub struct HostFlags {
     /// machine only] [env: ONCELY_CONSOLE_NAMES]
     #[arg(long, value_name = "NAMES")]
     pub console_names: Option<String>,
+    /// Reach the console at this URL, whose host name is one of the console names, too [default:
+    /// none] [env: ONCELY_CONSOLE_URL]
+    #[arg(long, value_name = "URL")]
+    pub console_url: Option<String>,
+    /// Log in to the console with the OpenID Connect provider at this URL, too [default: none]
+    /// [env: ONCELY_OIDC_ISSUER]
+    #[arg(long, value_name = "URL")]
+    pub oidc_issuer: Option<String>,
+    /// Identify the console to the provider by this client id [env: ONCELY_OIDC_CLIENT_ID]
+    #[arg(long, value_name = "ID")]
+    pub oidc_client_id: Option<String>,
+    /// Read the client secret from a variable, env:NAME, or from a file, file:PATH [default: a
+    /// public client] [env: ONCELY_OIDC_CLIENT_SECRET]
+    #[arg(long, value_name = "PLACE")]
+    pub oidc_client_secret: Option<String>,
+    /// Request these scopes, separated by spaces [default: openid profile email] [env:
+    /// ONCELY_OIDC_SCOPES]
+    #[arg(long, value_name = "SCOPES")]
+    pub oidc_scopes: Option<String>,
+    /// Read roles from this claim: a name, or a JSON pointer such as /realm_access/roles [default:
+    /// groups] [env: ONCELY_OIDC_CLAIM]
+    #[arg(long, value_name = "CLAIM")]
+    pub oidc_claim: Option<String>,
+    /// Grant roles to values of the claim, such as on-call=operate,staff=view [env:
+    /// ONCELY_OIDC_ROLES]
+    #[arg(long, value_name = "ROLES")]
+    pub oidc_roles: Option<String>,
+    /// End a session of the provider's users after this time [default: 8h] [env:
+    /// ONCELY_OIDC_SESSION]
+    #[arg(long, value_name = "TIME")]
+    pub oidc_session: Option<String>,
     /// Serve HTTP requests at this address, or off [default: 127.0.0.1:7480] [env: ONCELY_HTTP]
     #[arg(long, value_name = "ADDRESS")]
     pub http: Option<String>,
@@ -281,6 +323,10 @@ pub struct HostConfig {
     pub token: Option<Secret>,
     /// The host names of the console besides those of this machine itself.
     pub console_names: Vec<String>,
+    /// The URL of the console for browsers.
+    pub console_url: Option<ConsoleUrl>,
+    /// The login with an OpenID Connect provider.
+    pub oidc: Option<OidcSettings>,
     /// The address for HTTP requests; `None` if they are off.
     pub http: Option<SocketAddr>,
     /// The header that identifies callers, and the subjects that they may publish to.
@@ -408,6 +454,7 @@ impl HostConfig {
         let database = sources
             .get("database")
             .map_or_else(default_database, |setting| database(&setting))?;
+        let (oidc, console_url) = oidc::resolve(&sources, env)?;
         Ok(HostConfig {
             relay: sources
                 .get("relay")
@@ -438,6 +485,8 @@ impl HostConfig {
             listen: listen(&sources, token.is_some())?,
             token,
             console_names: console_names(&sources)?,
+            console_url,
+            oidc,
             http: http::address(&sources)?,
             admission: http::admission(&sources)?,
             http_limits: http::limits(&sources)?,

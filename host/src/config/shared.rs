@@ -92,6 +92,11 @@ impl HostConfig {
                 .as_ref()
                 .map(|(_, key)| key.clone()),
         );
+        files.extend(
+            self.oidc
+                .iter()
+                .filter_map(|oidc| oidc.client_secret_file.clone()),
+        );
         files.extend(self.file_with_secrets.clone());
         files
     }

@@ -6,6 +6,7 @@ use clap::{Args as _, Command, FromArgMatches};
 
 use super::*;
 use crate::model::hint::hints;
+use crate::model::role::Role;
 
 /// A public key as cosign writes it.
 const PUBLIC_KEY: &str = "-----BEGIN PUBLIC KEY-----
@@ -13,6 +14,14 @@ MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAECa7ZoRA5IWcfCeDXbe52TFWv9LZY
 uQq0E4FXNh6MmXRHp9z/ltCg1kEMWMc7PK5CrP2+5qMpLdez4ywKrKpSmg==
 -----END PUBLIC KEY-----
 ";
+
+/// A complete login with a provider.
+const OIDC: [(&str, &str); 4] = [
+    ("ONCELY_OIDC_ISSUER", "https://login.example.com"),
+    ("ONCELY_OIDC_CLIENT_ID", "oncely"),
+    ("ONCELY_OIDC_ROLES", "on-call=operate"),
+    ("ONCELY_CONSOLE_URL", "https://oncely.example.com"),
+];
 
 fn flags(arguments: &[&str]) -> HostFlags {
     let command = HostFlags::augment_args(Command::new("run").no_binary_name(true));
@@ -50,6 +59,8 @@ fn defaults_run_a_host_from_one_local_folder() {
         listen: LISTEN_ADDRESS.parse().unwrap(),
         token: None,
         console_names: Vec::new(),
+        console_url: None,
+        oidc: None,
         http: Some(HTTP_ADDRESS.parse().unwrap()),
         admission: Admission::default(),
         http_limits: HttpLimits::default(),
@@ -123,6 +134,14 @@ fn every_setting_is_read_from_every_source() {
         "listen" => "127.0.0.1:1".to_owned(),
         "token" => "0123456789abcdef".to_owned(),
         "console_names" => "ops.example.com, b".to_owned(),
+        "console_url" => "https://ops.example.com".to_owned(),
+        "oidc_issuer" => "https://login.example.com/a".to_owned(),
+        "oidc_client_id" => "another".to_owned(),
+        "oidc_client_secret" => format!("file:{}", public_key.display()),
+        "oidc_scopes" => "openid groups".to_owned(),
+        "oidc_claim" => "/realm_access/roles".to_owned(),
+        "oidc_roles" => "a=b=view, c=deploy".to_owned(),
+        "oidc_session" => "9m".to_owned(),
         "http" => "off".to_owned(),
         "http_caller" => "x-account".to_owned(),
         "http_publish" => "a.>, b".to_owned(),
@@ -156,19 +175,23 @@ fn every_setting_is_read_from_every_source() {
         "webhook_secret" => format!("whsec_{}", "c2VjcmV0".repeat(4)),
         _ => panic!("no value for {key}"),
     };
-    let default = resolve(&[], &[]).unwrap();
     let home = ("XDG_CONFIG_HOME", folder.path().to_str().unwrap());
     for key in SETTINGS {
         let value = values(key);
-        let by_flag = resolve(&[&format!("--{}", key.replace('_', "-")), &value], &[home]).unwrap();
-        let by_variable = resolve(
-            &[],
-            &[home, (&format!("ONCELY_{}", key.to_uppercase()), &value)],
-        )
-        .unwrap();
+        let variable = format!("ONCELY_{}", key.to_uppercase());
+        // The settings of a login are valid together only.
+        let is_login = key.starts_with("oidc_") || key == "console_url";
+        let others = if is_login { &OIDC[..] } else { &[] };
+        let default = resolve(&[], others).unwrap();
+        let others = others.iter().filter(|(name, _)| *name != variable);
+        let env: Vec<_> = std::iter::once(&home).chain(others).copied().collect();
+        let flag = format!("--{}", key.replace('_', "-"));
+        let by_flag = resolve(&[&flag, &value], &env).unwrap();
+        let with_variable = [&env[..], &[(variable.as_str(), value.as_str())]].concat();
+        let by_variable = resolve(&[], &with_variable).unwrap();
         let path = folder.path().join("host.toml");
         std::fs::write(&path, format!("{key} = {value:?}")).unwrap();
-        let mut by_file = resolve(&["--config", path.to_str().unwrap()], &[home]).unwrap();
+        let mut by_file = resolve(&["--config", path.to_str().unwrap()], &env).unwrap();
         let has_secret = by_file.file_with_secrets.take().is_some();
         let is_secret = ["token", "webhook", "webhook_secret"].contains(&key);
         assert!(has_secret || !is_secret, "{key}");
@@ -735,4 +758,115 @@ fn the_share_of_recorded_traces_is_validated() {
         );
     }
     assert!(resolve(&["--traces-service", " "], &[]).is_err());
+}
+
+#[test]
+fn the_login_with_a_provider_is_validated() {
+    let with = |changes: &[(&str, &str)]| {
+        let name = |(key, value): &(&str, &str)| {
+            let key = format!("ONCELY_{}", key.to_uppercase());
+            (key, (*value).to_owned())
+        };
+        let base = OIDC.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let all: Vec<_> = changes.iter().map(name).chain(base).collect();
+        // The first of two counts, and an empty one is unset.
+        let env = |name: &str| {
+            all.iter()
+                .find(|(key, _)| key == name)
+                .map(|(_, value)| value.clone())
+        };
+        HostConfig::resolve(&HostFlags::default(), &env)
+    };
+    let config = with(&[
+        ("oidc_client_secret", "env:ONCELY_HUSH"),
+        ("hush", "hush"),
+        ("oidc_roles", "cn=ops=operate , a b=deploy"),
+    ]);
+    let config = config.unwrap();
+    let oidc = config.oidc.as_ref().unwrap();
+    let roles = [
+        ("cn=ops".to_owned(), Role::Operate),
+        ("a b".to_owned(), Role::Deploy),
+    ];
+    assert_eq!(oidc.roles, roles);
+    assert_eq!(oidc.client_secret, Some(Secret::new("hush")));
+    assert!(!format!("{config:?}").contains("\"hush"), "{config:?}");
+    assert_eq!(
+        (oidc.issuer_short(), oidc.session.as_secs()),
+        ("login.example.com", 28_800)
+    );
+    let url = config.console_url.unwrap();
+    assert_eq!(
+        (url.join("/x").as_str(), url.host.as_str()),
+        ("https://oncely.example.com/x", "oncely.example.com")
+    );
+    assert!(with(&[("oidc_issuer", "http://127.0.0.1:8080/a")]).is_ok());
+
+    for (changes, expected) in [
+        (
+            &[("oidc_client_id", "")][..],
+            "`oidc_issuer` is set, but `oidc_client_id` is not",
+        ),
+        (
+            &[("oidc_roles", "")],
+            "`oidc_issuer` is set, but `oidc_roles` is not",
+        ),
+        (
+            &[("console_url", "")],
+            "`oidc_issuer` is set, but `console_url` is not",
+        ),
+        (
+            &[("oidc_issuer", "")],
+            "`oidc_client_id` (from ONCELY_OIDC_CLIENT_ID) is invalid: it has no effect",
+        ),
+        (
+            &[("oidc_issuer", "http://login.example.com")],
+            "`http://login.example.com` has no TLS",
+        ),
+        (
+            &[("oidc_issuer", "login.example.com")],
+            "`oidc_issuer` (from ONCELY_OIDC_ISSUER) is invalid",
+        ),
+        (&[("oidc_issuer", "https://a@b")], "it contains a login"),
+        (
+            &[("oidc_issuer", "https://a/b?c")],
+            "it contains a login, a query",
+        ),
+        (
+            &[("console_url", "http://oncely.example.com")],
+            "has no TLS",
+        ),
+        (&[("console_url", "https://a/console")], "has a path"),
+        (
+            &[("oidc_roles", "ops=admin")],
+            "`admin` is none of the roles",
+        ),
+        (&[("oidc_roles", "ops")], "`ops` is not value=role"),
+        (&[("oidc_roles", "=view")], "`=view` is not value=role"),
+        (
+            &[("oidc_scopes", "profile")],
+            "is not a list of scopes with `openid`",
+        ),
+        (
+            &[("oidc_session", "2d")],
+            "is not a duration between 5m and 24h",
+        ),
+        (
+            &[("oidc_client_secret", "hush")],
+            "it is neither env:NAME nor file:PATH",
+        ),
+        (
+            &[("oidc_client_secret", "env:HUSH")],
+            "the variable HUSH is not set",
+        ),
+        (&[("oidc_client_secret", "file:/no/such")], "read /no/such"),
+    ] {
+        let error = with(changes).unwrap_err();
+        let shown = format!("{error:#}");
+        assert!(
+            shown.contains(expected) && !hints(&error).is_empty(),
+            "{shown}"
+        );
+        assert!(!shown.contains("hush"), "{shown}");
+    }
 }

@@ -174,10 +174,14 @@ pub fn decoded(base64: &str) -> Vec<u8> {
 pub fn attribution_fields(visitor: &Visitor, needs_note: bool) -> Markup {
     html! {
         div.pair {
-            div {
-                label for="actor" { "Your name, for the audit" }
-                input #actor name="actor" required maxlength="100" value=(visitor.actor())
-                    autocomplete="name";
+            @if visitor.caller.is_person {
+                div { p.caption { "As " strong { (text(visitor.actor())) } } }
+            } @else {
+                div {
+                    label for="actor" { "Your name, for the audit" }
+                    input #actor name="actor" required maxlength="100" value=(visitor.actor())
+                        autocomplete="name";
+                }
             }
             div {
                 label for="note" { "Note" @if !needs_note { span.muted { " (optional)" } } }

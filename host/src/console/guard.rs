@@ -18,6 +18,7 @@ use axum::response::{IntoResponse, Redirect, Response};
 use super::Console;
 use super::fields::Fields;
 use super::identity::Session;
+use super::oidc;
 use super::page;
 use super::problem::{Problem, ProblemBody};
 use super::visitor::{Visitor, wants_json};
@@ -28,7 +29,13 @@ use crate::model::role::Role;
 const FORM_MAX: usize = 4 << 20;
 
 /// The paths that need no login.
-const PUBLIC: [&str; 3] = ["/login", page::STYLESHEET, page::ICON];
+const PUBLIC: [&str; 5] = [
+    "/login",
+    oidc::BEGIN,
+    oidc::CALLBACK,
+    page::STYLESHEET,
+    page::ICON,
+];
 
 /// The name of the cookie. Another host on this machine has another port, and the same cookies.
 const COOKIE: &str = "oncely-session";
@@ -202,6 +209,11 @@ fn check_role(visitor: &Visitor, method: &Method, path: &str) -> Result<(), Resp
 
 /// The id in the cookie.
 pub fn session_id(headers: &HeaderMap) -> Option<String> {
+    cookie(headers, COOKIE)
+}
+
+/// The value of a cookie.
+pub fn cookie(headers: &HeaderMap, wanted: &str) -> Option<String> {
     let cookies = headers
         .get_all(header::COOKIE)
         .iter()
@@ -209,7 +221,7 @@ pub fn session_id(headers: &HeaderMap) -> Option<String> {
     let mut pairs = cookies.flat_map(|line| line.split(';'));
     pairs.find_map(|pair| {
         let (name, value) = pair.trim().split_once('=')?;
-        (name == COOKIE).then(|| value.to_owned())
+        (name == wanted).then(|| value.to_owned())
     })
 }
 

@@ -50,11 +50,18 @@ pub struct Sessions {
 struct Kept {
     sessions: HashMap<Sha256Digest, (Instant, Session)>,
     codes: HashMap<Sha256Digest, (Instant, Caller)>,
+    /// The states of completed logins with a provider.
+    used: HashMap<Sha256Digest, (Instant, ())>,
 }
 
 impl Sessions {
     /// Begins a session. Returns its id, 256 random bits.
     pub fn begin(&self, caller: Caller, now: Instant) -> String {
+        self.begin_for(caller, SESSION_LIFETIME, now)
+    }
+
+    /// Like [`Sessions::begin`], for a session of this length.
+    pub fn begin_for(&self, caller: Caller, lifetime: Duration, now: Instant) -> String {
         let id = random();
         let session = Session {
             caller,
@@ -65,7 +72,7 @@ impl Sessions {
         insert(
             &mut self.lock().sessions,
             digest(&id),
-            now + SESSION_LIFETIME,
+            now + lifetime,
             session,
             now,
         );
@@ -117,6 +124,14 @@ impl Sessions {
     pub fn redeem(&self, code: &str, now: Instant) -> Option<Caller> {
         let (end, caller) = self.lock().codes.remove(&digest(code))?;
         (end > now).then_some(caller)
+    }
+
+    /// Uses up a text that is valid until `end`. Whether it was not used before.
+    pub fn use_once(&self, text: &str, end: Instant, now: Instant) -> bool {
+        let mut kept = self.lock();
+        let is_new = !kept.used.contains_key(&digest(text));
+        insert(&mut kept.used, digest(text), end, (), now);
+        is_new
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {

@@ -28,13 +28,14 @@ pub async fn form(State(console): State<Arc<Console>>, headers: HeaderMap, uri: 
             // The link was used, and its session may still be the one of this browser.
             None if is_logged_in(&console, &headers) => Redirect::to("/").into_response(),
             None => page(
+                &console,
                 StatusCode::FORBIDDEN,
-                &query,
+                query.get("next"),
                 Some("the link was used before, or is too old"),
             ),
         };
     }
-    page(StatusCode::OK, &query, None)
+    page(&console, StatusCode::OK, query.get("next"), None)
 }
 
 /// Checks the token of the form.
@@ -49,7 +50,12 @@ pub async fn log_in(
             begin(&console, &headers, caller, next.unwrap_or("/"))
         }
         Err(problem) => problem.into_response(),
-        Ok(None) => page(StatusCode::FORBIDDEN, &fields, Some("the token is wrong")),
+        Ok(None) => page(
+            &console,
+            StatusCode::FORBIDDEN,
+            fields.get("next"),
+            Some("the token is wrong"),
+        ),
     }
 }
 
@@ -93,14 +99,20 @@ fn begin(console: &Console, headers: &HeaderMap, caller: Caller, next: &str) -> 
 }
 
 /// Whether a path leads to this console: a browser reads `//` and `/\` as the start of a host.
-fn is_own_path(path: &str) -> bool {
+pub fn is_own_path(path: &str) -> bool {
     path.starts_with('/')
         && !path.starts_with("//")
         && !path.contains('\\')
         && !path.contains(char::is_control)
 }
 
-fn page(status: StatusCode, fields: &Fields, error: Option<&str>) -> Response {
+/// The page with the form, which returns to `next`, and with the link to the provider.
+pub fn page(
+    console: &Console,
+    status: StatusCode,
+    next: Option<&str>,
+    error: Option<&str>,
+) -> Response {
     let flash = error.map(|error| Flash {
         is_error: true,
         text: error.to_owned(),
@@ -109,7 +121,7 @@ fn page(status: StatusCode, fields: &Fields, error: Option<&str>) -> Response {
         section.panel.login {
             h1 { span.mark aria-hidden="true" {} "Oncely" }
             form action="/login" method="post" {
-                input type="hidden" name="next" value=(fields.get("next").unwrap_or_default());
+                input type="hidden" name="next" value=(next.unwrap_or_default());
                 label for="token" { "Token" }
                 input #token type="password" name="token" required autofocus
                     autocomplete="current-password" aria-describedby="token-help";
@@ -119,6 +131,7 @@ fn page(status: StatusCode, fields: &Fields, error: Option<&str>) -> Response {
                 }
                 button type="submit" { "Log in" }
             }
+            @if let Some(oidc) = &console.oidc { (oidc.link(next)) }
         }
     };
     let page = Page {

@@ -13,6 +13,7 @@ use axum::middleware;
 use axum::routing::{get, post};
 
 use crate::api::{Authenticator, Caller};
+use crate::config::HostConfig;
 use crate::runtime::Host;
 
 mod activity;
@@ -33,6 +34,7 @@ mod jobs;
 mod links;
 mod login;
 mod now;
+mod oidc;
 mod outputs;
 mod page;
 mod parts;
@@ -48,6 +50,7 @@ mod workers;
 
 use identity::Sessions;
 pub use login::LoginLink;
+use oidc::Oidc;
 use problem::Problem;
 
 /// The console of one host.
@@ -57,16 +60,28 @@ pub struct Console {
     sessions: Sessions,
     /// Names of this host besides those of the machine itself, in lower case.
     names: Vec<String>,
+    /// The login with a provider.
+    oidc: Option<Oidc>,
 }
 
 impl Console {
     /// The console of a host, for holders of its token or of a named one.
-    pub fn new(host: Arc<Host>, authenticator: Arc<Authenticator>, names: &[String]) -> Arc<Self> {
+    pub fn new(
+        host: Arc<Host>,
+        authenticator: Arc<Authenticator>,
+        config: &HostConfig,
+    ) -> Arc<Self> {
+        let names = config
+            .console_names
+            .iter()
+            .map(|name| name.to_ascii_lowercase());
+        let public = config.console_url.iter().map(|url| url.host.clone());
         Arc::new(Console {
             host,
             authenticator,
             sessions: Sessions::default(),
-            names: names.iter().map(|name| name.to_ascii_lowercase()).collect(),
+            names: names.chain(public).collect(),
+            oidc: Oidc::of(config),
         })
     }
 
@@ -82,6 +97,8 @@ pub fn router(console: Arc<Console>) -> Router {
         .route("/", get(now::now))
         .route("/login", get(login::form).post(login::log_in))
         .route("/logout", post(login::log_out))
+        .route(oidc::BEGIN, get(oidc::begin))
+        .route(oidc::CALLBACK, get(oidc::complete))
         .route("/search", get(search::search))
         .route("/failures", get(failures::failures))
         .route("/failures/redrive", get(plan::show).post(plan::start))

@@ -141,7 +141,11 @@ impl Visitor {
 
     /// The name that a form proposes for the audit.
     pub fn actor(&self) -> &str {
-        self.actor.as_deref().unwrap_or(&self.caller.actor.name)
+        let name = match self.caller.is_person {
+            true => self.caller.actor.stated_name.as_deref(),
+            false => self.actor.as_deref(),
+        };
+        name.unwrap_or(&self.caller.actor.name)
     }
 
     /// The name of this session, for actions whose form asks for none.
@@ -154,7 +158,9 @@ impl Visitor {
 
     /// The name and the note of a form. Later forms of the session propose the same name.
     pub fn attribution(&mut self, fields: &Fields) -> StatedBy {
-        if let Some(actor) = fields.text("actor") {
+        if !self.caller.is_person
+            && let Some(actor) = fields.text("actor")
+        {
             self.actor = Some(actor);
         }
         StatedBy {

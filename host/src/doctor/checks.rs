@@ -127,6 +127,9 @@ checks! {
     SECRET_FILES: "secret-files",
         "The permissions of token, credentials, keys and the configuration file.",
         "Other users of the machine could act as this host.";
+    OIDC_PROVIDER: "oidc-provider",
+        "The discovery document and the keys of the login provider of the console, if one is set.",
+        "Without its provider no person can log in with it; tokens still work.";
     HOST_SETTINGS: "host-settings",
         "Settings of the live hosts on one database that should be equal.",
         "The host that prunes or publishes decides for all of them.";

@@ -26,6 +26,7 @@ mod clocks;
 mod hosts;
 mod machine;
 mod nats;
+mod oidc;
 mod postgres;
 
 pub use checks::ALL as CHECKS;
@@ -111,7 +112,11 @@ pub async fn examine(config: &HostConfig, running: Option<&Running>) -> Report {
     }
 
     // Both servers at the same time, as each may take until its timeout.
-    let (database, bus) = tokio::join!(examine_database(config), connect(config));
+    let (database, bus, provider) = tokio::join!(
+        examine_database(config),
+        connect(config),
+        oidc::judge(config)
+    );
     let mut clocks: Vec<(&str, ClockReading)> = Vec::new();
     clocks.extend(database.clock.map(|reading| ("PostgreSQL", reading)));
 
@@ -135,6 +140,7 @@ pub async fn examine(config: &HostConfig, running: Option<&Running>) -> Report {
     findings.extend(database.findings);
     findings.extend(clocks::judge(&clocks));
     findings.extend(machine::judge(config));
+    findings.extend(provider);
     let this = running.map_or("this configuration", |running| running.name.as_str());
     findings.extend(hosts::judge_settings(
         this,

@@ -349,7 +349,7 @@ async fn take_picture(browser: &Browser, name: &str) -> Result<()> {
 }
 
 /// Waits until the page shows a text.
-async fn shows(browser: &Browser, text: &str) -> Result<()> {
+pub async fn shows(browser: &Browser, text: &str) -> Result<()> {
     support::eventually::eventually(format!("the page shows `{text}`"), || async {
         let shown = browser.text().await?;
         ensure!(shown.contains(text), "it shows:\n{shown}");

@@ -102,7 +102,14 @@ impl Worker {
 }
 
 impl SecretReference {
-    fn resolve(&self, env: &dyn Fn(&str) -> Option<std::ffi::OsString>) -> anyhow::Result<Secret> {
+    /// Reads the secret.
+    ///
+    /// # Errors
+    /// It is missing, empty or unreadable.
+    pub(crate) fn resolve(
+        &self,
+        env: &dyn Fn(&str) -> Option<std::ffi::OsString>,
+    ) -> anyhow::Result<Secret> {
         let text = match self {
             SecretReference::Variable(name) => env(name)
                 .with_context(|| format!("the variable {name} is not set on this host"))?
