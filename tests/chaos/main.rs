@@ -340,11 +340,15 @@ impl Tally {
         self.seconds += outcome.seconds;
         self.rules
             .extend(outcome.violations.iter().map(|violation| violation.rule));
-        if let Some(first) = outcome.violations.into_iter().next() {
-            self.caught += 1;
-            self.first = first.what;
+        // Exposure matters for a mutant that was not caught. A caught one may have ended the faults
+        // early, such as a host that takes its database for a restored one and holds its workers.
+        match outcome.violations.into_iter().next() {
+            Some(first) => {
+                self.caught += 1;
+                self.first = first.what;
+            }
+            None => self.unexposed.extend(outcome.unexposed),
         }
-        self.unexposed.extend(outcome.unexposed);
     }
 
     /// Counts a run that failed.
@@ -449,10 +453,8 @@ async fn run_mutants(options: &Options) -> Result<bool> {
             .map(|violation| violation.what.clone())
             .unwrap_or_default();
         println!("{mutant:<26} {verdict:<11} {found:>4} violations  seed {seed}  {first}");
-        outcome
-            .unexposed
-            .iter()
-            .for_each(|what| println!("{mutant:<26} not exposed: {what}"));
+        let unexposed = outcome.unexposed.iter().filter(|_| found == 0);
+        unexposed.for_each(|what| println!("{mutant:<26} not exposed: {what}"));
         tallies.entry(mutant).or_default().count(outcome);
     }
 

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use async_nats::jetstream;
+use async_nats::jetstream::consumer::{FromConsumer as _, pull};
+use futures::StreamExt as _;
 use jiff::Timestamp;
 use oncely::bus::{
     Bus, DeliveredMessage, EmbeddedServer, EnsuredStream, MessageComparison, OutgoingMessage,
@@ -126,6 +128,42 @@ async fn an_acknowledged_message_is_gone_for_good() -> Result<()> {
             .await
             .is_err()
     );
+    Ok(())
+}
+
+/// The server writes each update to disk, and a host may have a thousand workers.
+#[tokio::test]
+async fn an_unchanged_consumer_is_not_written_again() -> Result<()> {
+    let (nats, bus) = world().await?;
+    let client = nats.client().await?;
+    let mut requests = client.subscribe("$JS.API.CONSUMER.CREATE.>").await?;
+    client.flush().await?;
+    let written = async |requests: &mut async_nats::Subscriber| {
+        let mut count = 0;
+        while let Ok(Some(_)) = timeout(QUIET, requests.next()).await {
+            count += 1;
+        }
+        count
+    };
+    let (short, long) = (Duration::from_secs(1), Duration::from_secs(30));
+    for (ack_wait, expected) in [(long, 1), (long, 0), (short, 1), (short, 0)] {
+        drop(bus.subscribe(&subscription(ack_wait)).await?);
+        assert_eq!(written(&mut requests).await, expected, "{ack_wait:?}");
+    }
+
+    // What somebody else has changed is corrected.
+    let context = context(&nats).await?;
+    let stream = context.get_stream("IN").await?;
+    let info = stream.consumer_info("worker").await?;
+    let mut config = pull::Config::try_from_consumer_config(info.config)
+        .map_err(|error| anyhow::anyhow!("{error}"))?;
+    config.max_ack_pending = 7;
+    stream.update_consumer(config).await?;
+    assert_eq!(written(&mut requests).await, 1);
+    drop(bus.subscribe(&subscription(short)).await?);
+    assert_eq!(written(&mut requests).await, 1);
+    let info = stream.consumer_info("worker").await?;
+    assert_eq!(info.config.max_ack_pending, 1_000);
     Ok(())
 }
 

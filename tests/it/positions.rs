@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -9,7 +10,7 @@ use oncely::cache::Cache;
 use oncely::config::manifest::Manifest;
 use oncely::config::{CacheSettings, CompileSettings};
 use oncely::delivery::{BatchResult, ConnectionBreaks, Delivery, Savepoints};
-use oncely::guest::{Guest, GuestEngine};
+use oncely::guest::{Guest, GuestEngine, SharedGuests};
 use oncely::metrics::Metrics;
 use oncely::model::message::Message;
 use oncely::model::verdict::Verdict;
@@ -366,3 +367,36 @@ both!(
         Ok(())
     }
 );
+
+/// Workers with the same component share its linked guest, and the component is read once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_component_is_loaded_once_for_all_workers_that_run_it() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let compile = CompileSettings {
+        program: guests::oncely()?,
+        ..CompileSettings::default()
+    };
+    let engine = GuestEngine::new(&folder.path().join("compiled"), compile)?;
+    let wasm = std::fs::read(guests::component()?).context("read the test component")?;
+    let (shared, reads) = (SharedGuests::default(), AtomicUsize::new(0));
+    let load = async || {
+        let read = async || {
+            reads.fetch_add(1, Ordering::Relaxed);
+            Ok(wasm.clone().into())
+        };
+        shared.get(&engine, "digest", read).await
+    };
+    let (one, other) = tokio::try_join!(load(), load())?;
+    assert_eq!(reads.load(Ordering::Relaxed), 1);
+
+    // Nothing is kept for workers that have ended.
+    drop((one, other));
+    load().await?;
+    assert_eq!(reads.load(Ordering::Relaxed), 2);
+
+    // A component that cannot be loaded is tried again.
+    let missing = async || Err(anyhow::anyhow!("missing"));
+    assert!(shared.get(&engine, "other", missing).await.is_err());
+    let read = async || Ok(wasm.clone().into());
+    shared.get(&engine, "other", read).await.map(drop)
+}

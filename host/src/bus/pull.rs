@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use async_nats::jetstream::consumer::pull::{BatchConfig, Config};
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, Info};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, Info, IntoConsumerConfig as _};
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::{ConsumerError, ConsumerErrorKind, RetentionPolicy};
 use async_nats::jetstream::{AckKind, ErrorCode};
@@ -233,7 +233,10 @@ impl Bus {
         // up to where, any message may have been skipped.
         let mut subscription = subscription.clone();
         let mut skipped = own.as_ref().map_or(0, skipped_up_to);
-        if own.is_some_and(|own| filters(&own) != subscription.subjects) {
+        if own
+            .as_ref()
+            .is_some_and(|own| filters(own) != subscription.subjects)
+        {
             subscription.set_skipped_up_to(u64::MAX);
             self.create_consumer(&subscription, began).await?;
             skipped = u64::MAX;
@@ -243,7 +246,11 @@ impl Bus {
             skipped = stream.map_or(0, |stream| stream.last_sequence);
         }
         subscription.set_skipped_up_to(skipped);
-        self.create_consumer(&subscription, began).await?;
+        // An update is written to disk by the server, also if it changes nothing.
+        let wanted = self.consumer_config(&subscription, began);
+        if own.is_none_or(|own| !has_config(&own, wanted)) {
+            self.create_consumer(&subscription, began).await?;
+        }
         Ok(created)
     }
 
@@ -281,11 +288,7 @@ impl Bus {
         subscription: &Subscription,
         from: DeliverPolicy,
     ) -> Result<()> {
-        let mut config = Config {
-            deliver_policy: from,
-            ..config(subscription)
-        };
-        self.set_owner(&mut config.metadata);
+        let config = self.consumer_config(subscription, from);
         let stream = self.context.get_stream_no_info(&subscription.stream).await;
         let stream = stream.with_context(|| format!("open the stream {}", subscription.stream))?;
         create_within_limits(&stream, config)
@@ -297,6 +300,15 @@ impl Bus {
                 )
             })?;
         Ok(())
+    }
+
+    fn consumer_config(&self, subscription: &Subscription, from: DeliverPolicy) -> Config {
+        let mut config = Config {
+            deliver_policy: from,
+            ..config(subscription)
+        };
+        self.set_owner(&mut config.metadata);
+        config
     }
 
     /// Checks whether the server would create or update the consumer of a subscription. Changes
@@ -451,6 +463,25 @@ async fn create_within_limits<I>(
         }
     }
 }
+
+/// Whether a consumer has this configuration, apart from what the server fills in.
+fn has_config(info: &Info, wanted: Config) -> bool {
+    let found = &info.config;
+    let mut wanted = wanted.into_consumer_config();
+    wanted.name.clone_from(&found.name);
+    wanted.max_waiting = found.max_waiting;
+    wanted.num_replicas = found.num_replicas;
+    wanted.pause_until = found.pause_until;
+    let of_server = |entry: &(&String, &String)| entry.0.starts_with(SERVER_METADATA);
+    let of_server = found.metadata.iter().filter(of_server);
+    wanted
+        .metadata
+        .extend(of_server.map(|(name, value)| (name.clone(), value.clone())));
+    wanted == *found
+}
+
+/// The beginning of the names of the server's own metadata.
+const SERVER_METADATA: &str = "_nats.";
 
 fn exceeds_ack_pending_limit(error: &ConsumerError) -> bool {
     has_code(error, ErrorCode::CONSUMER_MAX_PENDING_ACK_EXCESS)

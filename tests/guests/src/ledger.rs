@@ -9,7 +9,7 @@
 
 use std::time::Duration;
 
-use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, params, sql, state};
+use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, params, sql, sql::Value, state};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -35,7 +35,12 @@ pub fn run(message: &Message) -> Result<(), Failure> {
         random::get_random_u64(),
         random::get_random_u64()
     );
-    sql::execute(
+    // Most messages defer their statements, some in the same transaction do not.
+    let write = |statement: &str, params: &[Value]| match options.seq % 8 {
+        0 => sql::execute(statement, params).map(drop),
+        _ => sql::defer(statement, params),
+    };
+    write(
         "insert into effect (event_id, account, delta, attempt_nonce) values ($1, $2, $3, $6), ($1, $4, $5, $6)",
         params![
             message.id,
@@ -46,7 +51,7 @@ pub fn run(message: &Message) -> Result<(), Failure> {
             nonce
         ],
     )?;
-    sql::execute(
+    write(
         "insert into balance (account, amount) values ($1, $2), ($3, $4)
          on conflict (account) do update set amount = balance.amount + excluded.amount",
         params![options.from, -options.delta, options.to, options.delta],
