@@ -16,6 +16,7 @@ use super::activity::{on_object, recorded};
 use super::{ApiError, ApiResult, audit};
 use crate::audit::{Audit, AuditRequest};
 use crate::model::hint::WithHint;
+use crate::model::schema::Time;
 use crate::runtime::Host;
 use crate::store::{AuditRun, AuditRunResult, NewAuditRun};
 
@@ -32,9 +33,10 @@ const RUNS_MAX: u32 = 100;
 const RUNNING_READ: u32 = 20;
 
 /// An audit to run in the background.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct AuditRunRequest {
     /// The beginning of the window, at most 24 hours ago.
+    #[schemars(with = "Time")]
     pub since: Timestamp,
     /// Only this worker's messages; all workers by default.
     #[serde(default)]
@@ -44,7 +46,7 @@ pub struct AuditRunRequest {
 }
 
 /// An audit with its state.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct AuditRunState {
     #[serde(flatten)]
     pub run: AuditRun,
@@ -53,7 +55,7 @@ pub struct AuditRunState {
 }
 
 /// An audit with its report.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct AuditRunReport {
     #[serde(flatten)]
     pub state: AuditRunState,
@@ -166,7 +168,7 @@ fn kept(result: &anyhow::Result<Audit>) -> AuditRunResult {
 }
 
 /// How many audits to list.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct RunsQuery {
     pub limit: u32,
 }

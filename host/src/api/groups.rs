@@ -21,7 +21,7 @@ pub const OWNER_MAX: usize = 100;
 pub const NOTE_MAX: usize = 2_000;
 
 /// A change of the owner or of the note of a group.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default)]
 pub struct GroupNoteRequest {
     /// None keeps it, an empty text removes it.

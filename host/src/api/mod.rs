@@ -410,7 +410,7 @@ pub async fn rollback(
 
 /// Fails unless this version of a worker is active.
 async fn check_active(host: &Host, worker: &str, version: u32) -> Result<(), ApiError> {
-    let active = host.services.active_deployment(worker).await?;
+    let active = host.services.store.active_deployment(worker).await?;
     let active = active.ok_or_else(|| worker_not_found(worker))?;
     if active.version == version {
         return Ok(());

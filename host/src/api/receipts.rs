@@ -14,7 +14,7 @@ use crate::receipts::{Issued, issue};
 use crate::runtime::Host;
 
 /// The event of a receipt.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct ReceiptRequest {
     /// The event id.
     pub event: String,

@@ -32,7 +32,7 @@ const PUBLISHED_MAX: u64 = 2_000;
 const IDENTITIES_MAX: usize = 2_000_000;
 
 /// The checkpoints of a window.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct CheckpointCounts {
     pub checkpoints: u64,
     pub leaves: u64,

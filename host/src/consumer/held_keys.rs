@@ -15,7 +15,7 @@ const REPORTED_MAX: usize = 10;
 const KEY_MAX: usize = 200;
 
 /// A key whose later messages wait, because an earlier one failed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct HeldKey {
     /// The beginning of the key, at most 200 characters.
     pub key: String,
@@ -24,8 +24,10 @@ pub struct HeldKey {
     /// The number of its last attempt, from 1.
     pub attempt: u32,
     /// When it failed for the first time here.
+    #[schemars(with = "crate::model::schema::Time")]
     pub since: Timestamp,
     /// When its next attempt is due.
+    #[schemars(with = "crate::model::schema::Time")]
     pub due: Timestamp,
 }
 

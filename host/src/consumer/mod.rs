@@ -71,7 +71,9 @@ impl WorkerCounters {
 }
 
 /// The lanes of a worker in a host, for its report.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 pub struct LaneReport {
     /// The lanes of the manifest.
     pub lanes: usize,

@@ -163,7 +163,10 @@ pub async fn examine_streams(
     let facts = tokio::time::timeout(READ_TIMEOUT, bus.stream_facts()).await;
     let streams =
         facts.map_err(|_| anyhow!("JetStream does not answer within {READ_TIMEOUT:?}"))??;
-    let own: Vec<String> = own_streams().into_iter().map(|spec| spec.name).collect();
+    let own: Vec<String> = own_streams(true)
+        .into_iter()
+        .map(|spec| spec.name)
+        .collect();
     let deployed = Deployed {
         streams: &streams,
         workers,

@@ -12,6 +12,7 @@ use super::leaves_of;
 use crate::model::hint::WithHint as _;
 use crate::model::receipt::merkle::{self, Hash};
 use crate::model::receipt::{BLOCK, EventLeaf, Leaf, Proof, Receipt, hash_of};
+use crate::model::schema::Time;
 use crate::services::Services;
 use crate::store::{BlockFilter, CheckpointBlock, NO_LAST, Store};
 
@@ -25,13 +26,15 @@ const SEARCHED_MAX: usize = 1_000;
 const LATE_MAX: SignedDuration = SignedDuration::from_mins(20);
 
 /// The receipt of an event, or the time of the checkpoint that will contain it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Issued {
     pub worker: String,
+    #[schemars(with = "Time")]
     pub settled_at: Timestamp,
     /// `None` while no checkpoint contains the event.
     pub receipt: Option<Receipt>,
     /// When the next checkpoint is due, without a receipt.
+    #[schemars(with = "Option<Time>")]
     pub due_at: Option<Timestamp>,
 }
 

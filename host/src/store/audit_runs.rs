@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::db::{Db, Param, Row, Sql, read_row, read_rows};
 use super::rows::Columns as _;
 use super::{Actor, Result, Store, shared};
+use crate::model::schema::Time;
 
 /// An audit that is about to begin.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,13 +22,14 @@ pub struct NewAuditRun {
 }
 
 /// An audit, without its report.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct AuditRun {
     /// Increases with time, apart from concurrent audits.
     pub id: i64,
     /// Only this worker's messages; `None` for all workers.
     pub worker: Option<String>,
     /// The beginning of the window.
+    #[schemars(with = "Time")]
     pub since: Timestamp,
     /// Whether it repairs.
     pub is_repair: bool,
@@ -38,8 +40,10 @@ pub struct AuditRun {
     /// The name that the client states.
     pub stated_name: Option<String>,
     /// When it began.
+    #[schemars(with = "Time")]
     pub started_at: Timestamp,
     /// `None` while it runs, or if the host ended meanwhile.
+    #[schemars(with = "Option<Time>")]
     pub ended_at: Option<Timestamp>,
     /// The number of differences, and of those repaired; `None` without a report.
     pub differences: Option<u64>,

@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 use super::db::{Db, Param, Row, Sql, read_row};
 use super::rows::Columns;
 use super::{Actor, Result, Store, StoreError, shared};
+use crate::model::schema::Time;
 
 /// The owner and the note of a failure group. At least one of them is set.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct GroupNote {
     /// The person or the team that owns the failure.
     pub owner: Option<String>,
@@ -20,6 +21,7 @@ pub struct GroupNote {
     /// The name that the client stated.
     pub stated_name: Option<String>,
     /// When it was written last.
+    #[schemars(with = "Time")]
     pub at: Timestamp,
 }
 

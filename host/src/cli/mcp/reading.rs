@@ -186,6 +186,8 @@ pub struct OutputsPage {
     /// Dropped outputs instead.
     #[serde(default)]
     dropped: bool,
+    /// Only outputs to this stream.
+    stream: Option<String>,
     /// At most 100; by default 20.
     limit: Option<u32>,
     /// `next_offset` of the previous page.
@@ -199,6 +201,8 @@ pub async fn outputs(session: Arc<Session>, arguments: OutputsPage) -> Result<An
         worker: arguments.worker,
         unpublished: arguments.unpublished,
         dropped: arguments.dropped,
+        stream: arguments.stream,
+        subjects: Vec::new(),
         limit: requested(offset, limit)?,
     };
     let found: Vec<OutputSummary> = session.client()?.get_with("/outbox", &filter).await?;

@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use self::merkle::Hash;
 use crate::model::message::{Output, OutputKind};
+use crate::model::schema::Time;
 
 pub mod block;
 pub mod merkle;
@@ -142,7 +143,7 @@ pub struct ActivityOutcomeLeaf {
 }
 
 /// A closed set of leaves. Its hash covers all fields.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Checkpoint {
     /// [`Checkpoint::computed_hash`], for display and comparison.
@@ -156,6 +157,7 @@ pub struct Checkpoint {
     /// The hash of the checkpoint before; `None` for the first one.
     pub previous: Option<String>,
     /// When it was closed, on the database's clock.
+    #[schemars(with = "Time")]
     pub closed_at: Timestamp,
     /// The number of leaves.
     pub leaves: u64,
@@ -164,7 +166,7 @@ pub struct Checkpoint {
 }
 
 /// A leaf with the path that leads to the root of its checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Proof {
     /// The leaf with its salt. Its canonical form is hashed, see [`canonical`].
@@ -178,7 +180,7 @@ pub struct Proof {
 }
 
 /// A file that proves the outcome of an event without the host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Receipt {
     /// Always `oncely-receipt/1`.
