@@ -562,6 +562,23 @@ fn the_c_package_passes_its_tests_with_sanitizers() -> Result<()> {
     Ok(())
 }
 
+/// Waits until the host of a folder has no unpublished outputs.
+fn until_outputs_are_published(folder: &Path) -> Result<()> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let listed = Command::new(oncely()?)
+            .args(["outbox", "list", "--unpublished", "--json"])
+            .current_dir(folder)
+            .output()?;
+        let listed = String::from_utf8(listed.stdout)?;
+        if listed.trim() == "[]" {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "outputs stay unpublished: {listed}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 #[test]
 fn the_on_call_session_runs_as_shown() -> Result<()> {
     let beside = tempfile::tempdir()?;
@@ -621,6 +638,10 @@ fn the_on_call_session_runs_as_shown() -> Result<()> {
             let source = folder.join("src/lib.rs");
             let text = std::fs::read_to_string(&source)?;
             std::fs::write(&source, text.replacen(from, to, 1))?;
+        }
+        // A redrive has succeeded with its commit. Its outputs are published a moment later.
+        if command.command.starts_with("oncely dlq verify") {
+            until_outputs_are_published(&folder)?;
         }
         terminal.run(command)?;
     }

@@ -707,6 +707,18 @@ async fn measure_a_checkpoint_over_100_000_events() -> Result<()> {
         println!("{line}");
     }
     println!("WAL: {} bytes", after - before);
+    // The largest parts of it, if the server has the extension.
+    let extension = "create extension if not exists pg_walinspect";
+    if world.database.execute(extension).await.is_ok() {
+        let parts = format!(
+            "select \"resource_manager/record_type\", count, record_size, fpi_size
+             from pg_get_wal_stats('0/0'::pg_lsn + {before}, '0/0'::pg_lsn + {after}, true)
+             order by combined_size desc limit 6"
+        );
+        for part in world.database.rows(&parts).await? {
+            println!("{}", part.join(" "));
+        }
+    }
     let peak = status.lines().filter(|line| line.starts_with("VmHWM"));
     peak.for_each(|line| println!("{line}"));
     Ok(())

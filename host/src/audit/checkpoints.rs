@@ -77,6 +77,13 @@ pub(super) async fn check(
     Ok(Some(check.counts))
 }
 
+/// A message with a checkpoint.
+struct PublishedCopy {
+    sequence: u64,
+    number: u64,
+    hash: String,
+}
+
 struct Check<'c> {
     services: &'c Services,
     kept: Kept,
@@ -92,15 +99,15 @@ impl Check<'_> {
         self.services.store.as_ref()
     }
 
-    /// The hashes of the newest published checkpoints, by number.
+    /// The newest published checkpoints.
     async fn read_published(
         &mut self,
         head: &CheckpointHead,
         first: u64,
-    ) -> Result<BTreeMap<u64, (u64, String)>> {
+    ) -> Result<Vec<PublishedCopy>> {
         let bus = &self.services.bus;
         let installation = self.store().installation().to_owned();
-        let mut published = BTreeMap::new();
+        let mut published = Vec::new();
         let Some((last, _)) = bus.last_checkpoint(&installation).await? else {
             self.findings.note(format!(
                 "the stream {CHECKPOINT_STREAM} has no checkpoint, so no published copy is compared"
@@ -112,9 +119,11 @@ impl Check<'_> {
         while let Some((sequence, body)) = bus.next_checkpoint(&installation, from).await? {
             from = sequence + 1;
             match serde_json::from_slice::<Checkpoint>(&body) {
-                Ok(checkpoint) => {
-                    published.insert(checkpoint.number, (sequence, checkpoint.hash));
-                }
+                Ok(checkpoint) => published.push(PublishedCopy {
+                    sequence,
+                    number: checkpoint.number,
+                    hash: checkpoint.computed_hash(),
+                }),
                 Err(_) => self.findings.add(
                     Kind::CheckpointDiffers
                         .found(format!(
@@ -167,11 +176,7 @@ impl Check<'_> {
         self.findings.add(Kind::CheckpointChanged.found(found));
     }
 
-    fn compare_published(
-        &mut self,
-        published: &BTreeMap<u64, (u64, String)>,
-        checkpoints: &[Checkpoint],
-    ) {
+    fn compare_published(&mut self, published: &[PublishedCopy], checkpoints: &[Checkpoint]) {
         let hashes: HashMap<u64, &String> = checkpoints
             .iter()
             .map(|checkpoint| (checkpoint.number, &checkpoint.hash))
@@ -179,7 +184,13 @@ impl Check<'_> {
         let first = checkpoints
             .first()
             .map_or(0, |checkpoint| checkpoint.number);
-        for (number, (sequence, hash)) in published {
+        // A number may be there twice, after a restore.
+        for copy in published {
+            let PublishedCopy {
+                sequence,
+                number,
+                hash,
+            } = copy;
             if *number < first {
                 continue;
             }
