@@ -355,6 +355,27 @@ both!(
 );
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_planned_redrive_is_refused_after_a_deployment() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest(ONE_ATTEMPT)?).await?;
+    world.nats.publish_all(failing_once(2)).await?;
+    world.until(OPEN, 2).await?;
+    let assistant = Assistant::start(&world, &["--allow-apply"]).await?;
+    let arguments = json!({ "ids": open_ids(&world).await?, "reason": "fixed" });
+    let plan = assistant.plan("plan_redrive", arguments).await?;
+    world.write_manifest(&manifest(&format!("concurrency = 5\n{ONE_ATTEMPT}"))?)?;
+    world.oncely(&["deploy"]).await?;
+
+    // The dead letters are as they were. Only the host knows that their dry run is out of date.
+    let refused = assistant.apply_refused(&plan).await?;
+    assert!(
+        refused.contains("planned with version 1 of test") && refused.contains("version 2"),
+        "{refused}"
+    );
+    assert_eq!(world.database.number(OPEN).await?, 2);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_expired_plan_is_refused() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let assistant = Assistant::start(&world, &["--allow-apply", "--plan-expiry", "1ms"]).await?;
@@ -539,6 +560,14 @@ async fn workers_are_paused_skipped_resumed_and_rolled_back() -> Result<()> {
         refused.contains("version 3 of test is not active"),
         "{refused}"
     );
+    let request = json!({ "worker": "test", "to": 1, "from": 3 });
+    let response = reqwest::Client::new()
+        .post(format!("{}/v1/rollback", world.control_url()?))
+        .bearer_auth(world.token()?)
+        .json(&request)
+        .send()
+        .await?;
+    assert_eq!(response.status(), reqwest::StatusCode::CONFLICT);
     let plan = assistant.plan("plan_rollback", to_first).await?;
     assert_eq!(assistant.apply(&plan).await?["version"], 1);
 

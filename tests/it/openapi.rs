@@ -117,6 +117,10 @@ async fn the_document_is_valid_and_needs_a_token() -> Result<()> {
         "the refusal",
     )?;
 
+    let status_schema = json!({ "$ref": "#/components/schemas/Status" });
+    let wrong = json!({ "version": 1, "workers": "none" });
+    assert!(check(&document, &status_schema, &wrong, "a wrong status").is_err());
+
     // The command prints the same document, without a host.
     let printed = world.oncely_json(&["schema", "--openapi"]).await?;
     assert_eq!(printed, document);
