@@ -116,7 +116,7 @@ create table oncely.inbox (
     -- Forbids an event id twice in one partition. `inbox_partitions` covers the other ones.
     constraint inbox_pk primary key (worker, event_id, partition)
 ) partition by list (partition);
--- Checkpoints read recent rows. A row costs nothing here while its pages are not summarized.
+-- Checkpoints read recent rows. The index is cheap: it has one entry for 16 pages, written later.
 create index inbox_by_age on oncely.inbox using brin (settled_at)
     with (pages_per_range = 16, autosummarize = on);
 create table oncely.inbox_0 partition of oncely.inbox for values in (0);
