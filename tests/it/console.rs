@@ -17,6 +17,7 @@ mod live;
 mod oidc;
 mod plans;
 mod signer;
+mod walk;
 
 /// One attempt, so that a message dies at once.
 const ONE_ATTEMPT: &str =

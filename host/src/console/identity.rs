@@ -184,6 +184,18 @@ mod tests {
     }
 
     #[test]
+    fn a_session_can_be_shorter_and_a_text_is_used_once() {
+        let (sessions, now) = (Sessions::default(), Instant::now());
+        let minute = Duration::from_secs(60);
+        let id = sessions.begin_for(Caller::host(), minute, now);
+        assert!(sessions.find(&id, false, now).is_some());
+        assert!(sessions.find(&id, false, now + minute).is_none());
+        assert!(sessions.use_once("a", now + minute, now));
+        assert!(!sessions.use_once("a", now + minute, now));
+        assert!(sessions.use_once("b", now + minute, now));
+    }
+
+    #[test]
     fn a_code_logs_in_once_and_within_an_hour() {
         let (sessions, now) = (Sessions::default(), Instant::now());
         let code = sessions.code(Caller::host(), now);

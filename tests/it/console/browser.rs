@@ -9,7 +9,7 @@ use support::guests::repository;
 use super::*;
 
 /// The checks of accessibility, from the npm package `axe-core`.
-fn axe() -> Result<String> {
+pub fn axe() -> Result<String> {
     let path = repository().join("target/tools/axe/node_modules/axe-core/axe.min.js");
     std::fs::read_to_string(path).context("read axe-core; `make install-tools` installs it")
 }

@@ -5,7 +5,7 @@ use support::browser::Browser;
 use support::guests::repository;
 use support::server::{Server, free_port};
 
-use super::browser::shows;
+use super::browser::{axe, shows};
 use super::signer::{CLIENT, Key, SECRET, Signer, Token};
 use super::*;
 
@@ -139,8 +139,12 @@ async fn people_log_in_with_a_certified_provider_in_a_browser() -> Result<()> {
     let stranger = sign_in(&world, "/", &issuer, "nina").await?;
     shows(&stranger, "has no role in this console").await?;
     shows(&stranger, &actor("nina")).await?;
+    let axe = axe()?;
+    let mut found = stranger.violations(&axe).await?;
     stranger.open(&console).await?;
     shows(&stranger, "Sign in with").await?;
+    found.extend(stranger.violations(&axe).await?);
+    ensure!(found.is_empty(), "{}", found.join("\n"));
     Ok(())
 }
 
