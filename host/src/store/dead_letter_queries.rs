@@ -58,7 +58,8 @@ macro_rules! postgres_fits {
          and ($6::bigint is null or died_at >= timestamptz 'epoch' + $6 * interval '1 microsecond')
          and ($7::bigint is null or died_at < timestamptz 'epoch' + $7 * interval '1 microsecond')
          and ($8::text is null or group_id = $8)
-         and ($9::text is null or subject = $9)"
+         and ($9::text is null or subject = $9)
+         and ($10::text is null or pg_catalog.starts_with(subject, $10))"
     };
 }
 
@@ -71,7 +72,8 @@ macro_rules! sqlite_fits {
          and ($6 is null or died_at >= $6)
          and ($7 is null or died_at < $7)
          and ($8 is null or group_id = $8)
-         and ($9 is null or subject = $9)"
+         and ($9 is null or subject = $9)
+         and ($10 is null or substr(subject, 1, length($10)) = $10)"
     };
 }
 
@@ -84,7 +86,7 @@ macro_rules! open_only {
 }
 
 /// The values of a filter.
-fn params(filter: &DeadLetterFilter) -> [Param<'_>; 9] {
+fn params(filter: &DeadLetterFilter) -> [Param<'_>; 10] {
     [
         Param::OptionalText(filter.worker.as_deref()),
         Param::OptionalText(filter.reason.as_deref()),
@@ -95,6 +97,7 @@ fn params(filter: &DeadLetterFilter) -> [Param<'_>; 9] {
         Param::OptionalInt(filter.until.map(Timestamp::as_microsecond)),
         Param::OptionalText(filter.group.as_deref()),
         Param::OptionalText(filter.exact_subject()),
+        Param::OptionalText(filter.subject_prefix()),
     ]
 }
 
@@ -103,11 +106,11 @@ pub(super) async fn list(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec<D
     macro_rules! listed {
         ($summaries:ident, $fits:ident) => {
             if filter.closed {
-                concat!($summaries!("", $fits!()), " order by id desc limit $10")
+                concat!($summaries!("", $fits!()), " order by id desc limit $11")
             } else {
                 concat!(
                     $summaries!("", open_only!($fits)),
-                    " where state <> 'done' order by id desc limit $10"
+                    " where state <> 'done' order by id desc limit $11"
                 )
             }
         };
@@ -166,11 +169,11 @@ pub(super) async fn groups(db: &mut Db, filter: &DeadLetterFilter) -> Result<Vec
                 $dead_letters,
                 $which,
                 "), grouped as (
-                     select group_id, worker, case when $10 then subject else '' end as subject,
+                     select group_id, worker, case when $11 then subject else '' end as subject,
                          count(*) as dead_letters, min(died_at) as first, max(died_at) as last,
                          max(id) as last_dead_letter
                      from found group by 1, 2, 3
-                     order by count(*) desc, max(id) limit $11
+                     order by count(*) desc, max(id) limit $12
                  )
                  select grouped.*, dead_letter_group.id, reason, code, shape, place, owner, note,
                      actor as noted_by, stated_name as noted_by_stated, ",

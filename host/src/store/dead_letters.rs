@@ -232,9 +232,22 @@ impl DeadLetterFilter {
         subject.filter(|subject| !subject.contains(['*', '>']))
     }
 
-    /// Whether the subject is a pattern, which the database cannot compare.
+    /// The text before the first wildcard of a pattern: all subjects that match begin with it.
+    pub(super) fn subject_prefix(&self) -> Option<&str> {
+        let pattern = self.subject.as_deref()?;
+        let (prefix, _) = pattern.split_at(pattern.find(['*', '>'])?);
+        Some(prefix)
+    }
+
+    /// Whether the subject is a pattern that the database cannot compare: its prefix does not
+    /// decide, as that of `orders.>` does.
     pub(super) fn has_wildcard(&self) -> bool {
-        self.subject.is_some() && self.exact_subject().is_none()
+        let (Some(pattern), Some(prefix)) = (self.subject.as_deref(), self.subject_prefix()) else {
+            return false;
+        };
+        let is_decided = pattern.get(prefix.len()..) == Some(">")
+            && (prefix.is_empty() || prefix.ends_with('.'));
+        !is_decided
     }
 
     fn matches_subject(&self, dead_letter: &DeadLetterSummary) -> bool {
@@ -609,5 +622,31 @@ pub(super) fn action_result(id: i64, refused: Option<String>) -> DeadLetterActio
         refused,
         took_effect,
         in_progress,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_database_compares_patterns_that_end_with_all_tokens() {
+        let filter = |subject: &str| DeadLetterFilter {
+            subject: Some(subject.to_owned()),
+            ..DeadLetterFilter::default()
+        };
+        for (subject, prefix, has_wildcard) in [
+            ("orders.placed", None, false),
+            ("orders.>", Some("orders."), false),
+            (">", Some(""), false),
+            ("orders.*.paid", Some("orders."), true),
+            ("*.paid.>", Some(""), true),
+            ("orders>", Some("orders"), true),
+        ] {
+            let filter = filter(subject);
+            assert_eq!(filter.subject_prefix(), prefix, "{subject}");
+            assert_eq!(filter.has_wildcard(), has_wildcard, "{subject}");
+        }
+        assert!(!DeadLetterFilter::default().has_wildcard());
     }
 }
