@@ -86,16 +86,15 @@ impl CallState {
         if let Err(error) = self.count_statement(&statement, &params) {
             return Ok(Err(error));
         }
+        // A guest that is stopped meanwhile may have filled the queue, so that its statements run.
+        let ran_sql = std::mem::replace(&mut self.ran_sql, true);
         match self.call.database.defer(statement, params).await {
             Ok(Ok(deferral)) => {
                 self.has_deferred = true;
-                self.ran_sql |= deferral == Deferral::Ran;
+                self.ran_sql = ran_sql || deferral == Deferral::Ran;
                 Ok(Ok(()))
             }
-            Ok(Err(error)) => {
-                self.ran_sql = true;
-                Ok(Err(error))
-            }
+            Ok(Err(error)) => Ok(Err(error)),
             Err(error) => self.host_error(error),
         }
     }
@@ -121,9 +120,9 @@ impl CallState {
         if !self.has_deferred || has_failed {
             return Ok(());
         }
+        self.ran_sql = true;
         let database = Arc::clone(&self.call.database);
         if let Err(error) = self.settle_deferred(database.end_call()).await? {
-            self.ran_sql = true;
             let why = format!("a deferred statement failed: {error}");
             self.statement_failed(error);
             self.doom(FailureKind::Retry, FailureCode::Sql, &why);
