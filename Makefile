@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-curves bench-languages bench-peers bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools links prose format lint docs deny advisories dist run-tests
+.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-curves bench-languages bench-peers bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools walk links prose format lint docs deny advisories dist run-tests
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -103,6 +103,9 @@ install-tools: ## Install missing tools of the tests
 
 demo-tools: ## Install missing tools of the demo
 	@scripts/install-tools demo
+
+walk: build ## Write the pictures and the commands of the walk in docs/console.md
+	ONCELY_WRITE_WALK=1 cargo test --locked -p oncely-tests --test it -- console::walk
 
 prose: ## Check the wording of documents and comments
 	python3 tests/prose.py

@@ -14,6 +14,7 @@ mod forms;
 mod hostile;
 mod oidc;
 mod signer;
+mod walk;
 
 /// One attempt, so that a message dies at once.
 const ONE_ATTEMPT: &str =
