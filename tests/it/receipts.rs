@@ -54,6 +54,9 @@ async fn world(kind: Kind) -> Result<World> {
     let mut world = World::without_host(kind, &manifest(QUICK_RETRIES)?).await?;
     world.host_env = vec![("ONCELY_RECEIPTS".to_owned(), "1s".to_owned())];
     world.start_host().await?;
+    // Rows of before are not expected to be in a checkpoint.
+    let has_begun = "select count(*) from oncely.checkpoint_head";
+    world.until(has_begun, 1).await?;
     Ok(world)
 }
 
