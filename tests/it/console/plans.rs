@@ -206,7 +206,8 @@ async fn selected_dead_letters_are_redriven_and_no_selection_is_none() -> Result
         page.text
     );
     until_job_is(&world, &visit, 1, "done").await?;
-    let done = "select count(*) from oncely.dead_letter where state = 'done'";
+    // Until they are handled, they are redriven and not closed.
+    let done = "select count(*) from oncely.inbox where state = 'done'";
     world.until(done, 2).await?;
 
     // A dead letter that was redriven since is refused, and named.
