@@ -142,12 +142,17 @@ impl Services {
         let worker: Worker = serde_json::from_str(&deployment.manifest)
             .context("parse the deployment's manifest")?;
         worker.compile_schemas()?;
+        let mut signed = None;
         if self.component_keys.is_some() {
             let wasm = self.read_component(&deployment.digest).await?;
             self.check_signature(&deployment.digest, &wasm, None)
                 .await?;
+            signed = Some(wasm);
         }
-        let read = async || self.read_component(&deployment.digest).await;
+        let read = async || match signed {
+            Some(wasm) => Ok(wasm),
+            None => self.read_component(&deployment.digest).await,
+        };
         let guest = self
             .guests
             .get(&self.engine, &deployment.digest, read)

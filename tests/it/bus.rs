@@ -151,7 +151,7 @@ async fn an_unchanged_consumer_is_not_written_again() -> Result<()> {
         assert_eq!(written(&mut requests).await, expected, "{ack_wait:?}");
     }
 
-    // What somebody else has changed is corrected.
+    // A configuration that another client has changed is corrected.
     let context = context(&nats).await?;
     let stream = context.get_stream("IN").await?;
     let info = stream.consumer_info("worker").await?;

@@ -306,7 +306,7 @@ both!(
         let edit = json!({ "id": id, "body": r#"{"n": 2}"#, "reason": "c" });
         let edit = assistant.plan("plan_edit", edit).await?;
 
-        // Somebody else corrects one of them, with a body of the same effect.
+        // Another client corrects one of them, with a body of the same effect.
         let body = world.folder.path().join("body.json");
         std::fs::write(&body, r#"{"n":  1}"#)?;
         let (id_text, body) = (id.to_string(), body.display().to_string());

@@ -2647,8 +2647,8 @@ pub mod oncely {
             /// statements of many messages reach the database in one round trip.
             ///
             /// A statement that the host refuses fails at once. An error from the database dooms the
-            /// delivery as ever. It is returned by the next `query`, `execute` or `defer` of this delivery,
-            /// if there is one.
+            /// delivery, as with `execute`. It is returned by the next `query`, `execute` or `defer` of
+            /// this delivery, if there is one.
             #[allow(async_fn_in_trait)]
             pub fn defer(
                 statement: &str,

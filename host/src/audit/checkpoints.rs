@@ -419,13 +419,8 @@ impl Check<'_> {
             number: leaf.id - 1,
         };
         let page = self.store().activities_by_age(before, 1).await?;
-        let row = page.into_iter().next().filter(|row| row.id == leaf.id);
-        self.compare_activity(
-            checkpoint,
-            leaf.id,
-            row.as_ref() == Some(leaf),
-            row.is_some(),
-        );
+        let row = page.into_iter().find(|row| row.id == leaf.id);
+        self.compare_activity(checkpoint, leaf.id, leaf, row.as_ref());
         Ok(())
     }
 
@@ -438,24 +433,25 @@ impl Check<'_> {
             number: leaf.id - 1,
         };
         let page = self.store().activity_outcomes_by_age(before, 1).await?;
-        let row = page.into_iter().next().filter(|row| row.id == leaf.id);
-        self.compare_activity(
-            checkpoint,
-            leaf.id,
-            row.as_ref() == Some(leaf),
-            row.is_some(),
-        );
+        let row = page.into_iter().find(|row| row.id == leaf.id);
+        self.compare_activity(checkpoint, leaf.id, leaf, row.as_ref());
         Ok(())
     }
 
-    fn compare_activity(&mut self, checkpoint: u64, id: i64, is_same: bool, is_there: bool) {
+    fn compare_activity<T: PartialEq>(
+        &mut self,
+        checkpoint: u64,
+        id: i64,
+        leaf: &T,
+        row: Option<&T>,
+    ) {
         self.counts.rows += 1;
-        let difference = match (is_same, is_there) {
-            (true, _) => return,
-            (false, true) => Kind::RowChanged.found(format!(
+        let difference = match row {
+            Some(row) if row == leaf => return,
+            Some(_) => Kind::RowChanged.found(format!(
                 "activity {id} is not as in checkpoint {checkpoint}"
             )),
-            (false, false) => Kind::RowMissing.found(format!(
+            None => Kind::RowMissing.found(format!(
                 "activity {id} of checkpoint {checkpoint} has no row"
             )),
         };

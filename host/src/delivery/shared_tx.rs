@@ -338,19 +338,18 @@ impl Database for SharedTx {
         statement: String,
         params: Vec<Value>,
     ) -> anyhow::Result<Result<Deferral, SqlError>> {
-        self.with_tx(move |slot| {
-            Box::pin(async move {
-                match slot.tx()?.check_deferred(statement, params).await? {
-                    Ok(statement) => slot.deferred.push(statement),
-                    Err(error) => return Ok(Err(error)),
-                }
-                if !slot.deferred.is_full() {
-                    return Ok(Ok(Deferral::Queued));
-                }
-                Ok(slot.run_deferred().await?.map(|()| Deferral::Ran))
-            })
-        })
-        .await
+        // Checking and queueing do not reach the database, so they may be stopped at any point.
+        let mut slot = self.slot.lock().await;
+        match slot.tx()?.check_deferred(statement, params).await? {
+            Ok(statement) => slot.deferred.push(statement),
+            Err(error) => return Ok(Err(error)),
+        }
+        let is_full = slot.deferred.is_full();
+        drop(slot);
+        match is_full {
+            true => Ok(self.run_deferred().await?.map(|()| Deferral::Ran)),
+            false => Ok(Ok(Deferral::Queued)),
+        }
     }
 
     async fn run_deferred(&self) -> anyhow::Result<Result<(), SqlError>> {

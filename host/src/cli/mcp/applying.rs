@@ -1,4 +1,5 @@
-//! The tool that applies a plan: it reads again what the plan saw, and refuses what has changed.
+//! The tool that applies a plan: it reads the planned objects again, and refuses a plan whose
+//! objects have changed.
 //!
 //! Where the control API takes the seen state as a precondition, the host checks it in the
 //! transaction of the change. The check here comes first in any case, so that a plan that does not

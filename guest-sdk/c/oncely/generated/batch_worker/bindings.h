@@ -542,8 +542,8 @@ extern bool oncely_worker_sql_execute(bindings_string_t *statement, oncely_worke
 // statements of many messages reach the database in one round trip.
 // 
 // A statement that the host refuses fails at once. An error from the database dooms the
-// delivery as ever. It is returned by the next `query`, `execute` or `defer` of this delivery,
-// if there is one.
+// delivery, as with `execute`. It is returned by the next `query`, `execute` or `defer` of
+// this delivery, if there is one.
 extern bool oncely_worker_sql_defer(bindings_string_t *statement, oncely_worker_sql_list_value_t *params, oncely_worker_sql_error_t *err);
 
 // Imported Functions from `oncely:worker/cache@0.1.0`

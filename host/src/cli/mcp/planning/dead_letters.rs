@@ -235,7 +235,7 @@ pub struct Edit {
     body: Option<String>,
     /// The whole corrected body in Base64, instead of text.
     body_base64: Option<String>,
-    /// What was wrong. The activity log keeps it.
+    /// The fault of the body. The activity log keeps it.
     reason: String,
 }
 
